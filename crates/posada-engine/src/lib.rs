@@ -1,0 +1,117 @@
+//! The vCPU seam: what every engine (interpreter, later translator and KVM) offers to a VM, and what it asks of the
+//! machine around it. Nothing of one engine shows through here.
+#![forbid(unsafe_code)]
+
+mod state;
+
+pub use state::{CpuState, DescriptorTable, Segment};
+
+use std::sync::Arc;
+
+/// The machine around the processors: answers what is not RAM. Called from vCPU threads, several at once.
+pub trait Machine: Send + Sync {
+    /// IN of `data.len()` (1, 2 or 4) bytes. Ports without a device answer all ones.
+    fn port_read(&self, port: u16, data: &mut [u8]);
+    /// OUT of 1, 2 or 4 bytes.
+    fn port_write(&self, port: u16, data: &[u8]);
+    /// Load of 1 to 64 bytes from a guest physical address (bytes) that is not RAM. Holes answer all ones.
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]);
+    /// Store of 1 to 64 bytes.
+    fn mmio_write(&self, gpa: u64, data: &[u8]);
+    /// A local APIC saw the end of the level-triggered interrupt `vector` (the IOAPIC's remote IRR, Intel SDM 3A 11.8.5).
+    fn end_of_interrupt(&self, vector: u8);
+}
+
+/// A message-signalled interrupt (Intel SDM 3A, section 11.11).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Msi {
+    /// Message address: 0xfeeX_XXXX.
+    pub address: u64,
+    /// Message data: vector, delivery mode, trigger mode.
+    pub data: u32,
+}
+
+/// Where devices and the IOAPIC send interrupts: the local APICs of one VM.
+pub trait MsiSink: Send + Sync {
+    /// Delivers the message; an address or mode that means nothing is dropped.
+    fn signal_msi(&self, msi: Msi);
+}
+
+/// Wakes or stops a vCPU from another thread.
+pub trait Kick: Send + Sync {
+    /// Makes the vCPU's current or next [`Vcpu::run`] return [`Exit::Kicked`] soon. Never lost, may be repeated.
+    fn kick(&self);
+}
+
+/// Why [`Vcpu::run`] returned.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Another thread asked for it.
+    Kicked,
+    /// A fault while a double fault was delivered: the processor shut down. The text is a register dump for people.
+    TripleFault(String),
+    /// A debugger's single step or break point was reached; RIP is at the instruction to run next.
+    Debug,
+}
+
+/// What a debugger asks of a vCPU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DebugControl {
+    /// Stop after one instruction.
+    pub single_step: bool,
+    /// Guest virtual addresses before whose instruction to stop.
+    pub breakpoints: Vec<u64>,
+}
+
+/// What a vCPU has done since it was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Guest instructions executed.
+    pub instructions: u64,
+}
+
+/// What went wrong in an engine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The host lacks something the engine needs.
+    #[error("this host cannot run the engine: {0}")]
+    Host(String),
+    /// A CPU state that the engine cannot take.
+    #[error("the CPU state does not fit this engine: {0}")]
+    State(String),
+}
+
+/// A virtual processor. Owned by one thread at a time.
+///
+/// Life: created in reset (vCPU 0) or waiting for INIT-SIPI (all others) → `set_state` at most once for vCPU 0's boot
+/// entry → `run` repeatedly.
+pub trait Vcpu: Send {
+    /// Runs guest code until there is a reason to stop. A halted vCPU, or one that waits for SIPI, sleeps inside.
+    fn run(&mut self) -> Exit;
+    /// A handle that stops [`Vcpu::run`].
+    fn kicker(&self) -> Arc<dyn Kick>;
+    /// The architectural state between two instructions.
+    fn state(&self) -> CpuState;
+    /// Replaces the architectural state and makes the vCPU runnable.
+    ///
+    /// # Errors
+    /// [`Error::State`] when a register holds what the processor could not.
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error>;
+    /// Sets single step and break points for the next runs.
+    fn set_debug(&mut self, debug: &DebugControl);
+    /// Guest physical address of a guest virtual one under the current page tables, without side effects.
+    fn translate(&self, gva: u64) -> Option<u64>;
+    /// What was executed so far.
+    fn counters(&self) -> Counters;
+}
+
+/// The processors of one VM.
+pub trait Engine: Send + Sync {
+    /// Makes vCPU `index` (its APIC id), to be called once for each index from 0 on.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host refuses a resource.
+    fn create_vcpu(&self, index: u32, machine: Arc<dyn Machine>) -> Result<Box<dyn Vcpu>, Error>;
+    /// The local APICs, for devices. Usable before the vCPUs exist.
+    fn msi_sink(&self) -> Arc<dyn MsiSink>;
+}

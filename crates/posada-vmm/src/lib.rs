@@ -1,0 +1,1 @@
+//! One VM: machine, boot, run loop.

@@ -1,0 +1,3 @@
+//! The `posada` command.
+
+fn main() {}
