@@ -92,14 +92,8 @@ impl CpuState {
                 limit: 0xffff,
                 ..Segment::default()
             },
-            gdtr: DescriptorTable {
-                base: 0,
-                limit: 0xffff,
-            },
-            idtr: DescriptorTable {
-                base: 0,
-                limit: 0xffff,
-            },
+            gdtr: DescriptorTable { base: 0, limit: 0xffff },
+            idtr: DescriptorTable { base: 0, limit: 0xffff },
             cr0: 0x6000_0010,
             cr2: 0,
             cr3: 0,

@@ -27,8 +27,7 @@ fn granules(offset: u64, length: u64) -> u64 {
 impl CodePage {
     /// Marks `length` bytes at `offset` in the page as code, before they are read.
     pub fn mark(&self, offset: u64, length: u64) {
-        self.granules
-            .fetch_or(granules(offset, length), Ordering::SeqCst);
+        self.granules.fetch_or(granules(offset, length), Ordering::SeqCst);
     }
 
     /// True if any code was marked: stores to this page must go through [`CodeMap::written`].
@@ -113,9 +112,7 @@ impl CodeMap {
         let (mut at, end) = (gpa, gpa + length);
         while at < end {
             let next = (at / crate::PAGE_SIZE + 1) * crate::PAGE_SIZE;
-            hit |= self
-                .page(at)
-                .written(at % crate::PAGE_SIZE, next.min(end) - at);
+            hit |= self.page(at).written(at % crate::PAGE_SIZE, next.min(end) - at);
             at = next;
         }
         hit
@@ -125,12 +122,7 @@ impl CodeMap {
 impl Drop for CodeMap {
     fn drop(&mut self) {
         // SAFETY: the mapping was made by `new`.
-        unsafe {
-            libc::munmap(
-                self.pages.cast(),
-                self.count as usize * size_of::<CodePage>(),
-            )
-        };
+        unsafe { libc::munmap(self.pages.cast(), self.count as usize * size_of::<CodePage>()) };
     }
 }
 

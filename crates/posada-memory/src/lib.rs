@@ -25,9 +25,7 @@ pub enum Error {
     #[error("guest memory must be a positive multiple of 4096 bytes, not {0}")]
     Size(u64),
     /// The host refused the mapping.
-    #[error(
-        "the host cannot reserve {bytes} bytes of guest memory: {source}; use a smaller --memory"
-    )]
+    #[error("the host cannot reserve {bytes} bytes of guest memory: {source}; use a smaller --memory")]
     Reserve {
         /// Bytes asked for.
         bytes: u64,
@@ -64,13 +62,9 @@ impl GuestRam {
         let end = if size <= HOLE_START {
             size
         } else {
-            size.checked_add(HOLE_END - HOLE_START)
-                .ok_or(Error::Size(size))?
+            size.checked_add(HOLE_END - HOLE_START).ok_or(Error::Size(size))?
         };
-        let refuse = |source| Error::Reserve {
-            bytes: size,
-            source,
-        };
+        let refuse = |source| Error::Reserve { bytes: size, source };
         let mapped = usize::try_from(end).map_err(|_| Error::Size(size))?;
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches nothing that exists.
         let base = unsafe {
@@ -144,12 +138,7 @@ impl GuestRam {
     }
 }
 
-fn region(
-    base: *mut u8,
-    start: u64,
-    length: u64,
-    code: &Arc<CodeMap>,
-) -> GuestRegionMmap<CodeSlice> {
+fn region(base: *mut u8, start: u64, length: u64, code: &Arc<CodeMap>) -> GuestRegionMmap<CodeSlice> {
     let length = usize::try_from(length).expect("checked by new");
     let slice = CodeSlice::new(Arc::clone(code), start);
     // SAFETY: `base + start` is inside the reservation, which GuestRam keeps for as long as the region lives.
@@ -161,9 +150,7 @@ fn region(
             .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
             .with_raw_mmap_pointer(pointer)
     };
-    let region: MmapRegion<CodeSlice> = builder
-        .build()
-        .expect("an aligned pointer is all it checks");
+    let region: MmapRegion<CodeSlice> = builder.build().expect("an aligned pointer is all it checks");
     GuestRegionMmap::new(region, GuestAddress(start)).expect("the range does not overflow")
 }
 
@@ -194,13 +181,9 @@ mod tests {
         let page = ram.code().page(0x2010);
         page.mark(0x10, 4);
         let before = page.version();
-        ram.memory()
-            .write_slice(&[1; 4], GuestAddress(0x2800))
-            .unwrap();
+        ram.memory().write_slice(&[1; 4], GuestAddress(0x2800)).unwrap();
         assert_eq!(page.version(), before, "no code in those 64 bytes");
-        ram.memory()
-            .write_slice(&[1; 0x20], GuestAddress(0x1ff0))
-            .unwrap();
+        ram.memory().write_slice(&[1; 0x20], GuestAddress(0x1ff0)).unwrap();
         assert_ne!(page.version(), before);
     }
 }
