@@ -1,1 +1,10 @@
-//! The software CPU.
+//! The software CPU: an x86-64 processor with its local APIC, MMU, decoder and interpreter.
+
+pub mod core;
+pub mod fault;
+pub mod insn;
+pub mod lapic;
+pub mod mmu;
+pub mod native;
+pub mod shared;
+pub mod size;

@@ -1,0 +1,312 @@
+//! One software CPU: architectural state and the caches that speed it up, owned by its vCPU thread.
+
+use crate::fault::{Exception, Exec, Raised, vector};
+use crate::insn::{ADDRESS16, ADDRESS32, COMPLEX, Insn};
+use crate::lapic::Lapic;
+use crate::mmu::Mmu;
+use crate::native::Native;
+use crate::shared::Shared;
+use posada_engine::{DebugControl, DescriptorTable, Machine, Segment};
+use posada_memory::GuestRam;
+use std::sync::Arc;
+
+/// RFLAGS bits.
+pub mod flag {
+    #![allow(missing_docs, reason = "the manual's own mnemonics")]
+    pub const CF: u64 = 1;
+    pub const PF: u64 = 1 << 2;
+    pub const AF: u64 = 1 << 4;
+    pub const ZF: u64 = 1 << 6;
+    pub const SF: u64 = 1 << 7;
+    pub const TF: u64 = 1 << 8;
+    pub const IF: u64 = 1 << 9;
+    pub const DF: u64 = 1 << 10;
+    pub const OF: u64 = 1 << 11;
+    pub const IOPL: u64 = 3 << 12;
+    pub const NT: u64 = 1 << 14;
+    pub const RF: u64 = 1 << 16;
+    pub const VM: u64 = 1 << 17;
+    pub const AC: u64 = 1 << 18;
+    pub const VIF: u64 = 1 << 19;
+    pub const VIP: u64 = 1 << 20;
+    pub const ID: u64 = 1 << 21;
+    /// The flags that arithmetic sets.
+    pub const ARITHMETIC: u64 = CF | PF | AF | ZF | SF | OF;
+}
+
+/// Segment register numbers, the encoding's order.
+pub mod seg {
+    #![allow(missing_docs, reason = "the manual's own mnemonics")]
+    pub const ES: usize = 0;
+    pub const CS: usize = 1;
+    pub const SS: usize = 2;
+    pub const DS: usize = 3;
+    pub const FS: usize = 4;
+    pub const GS: usize = 5;
+}
+
+/// General register numbers, the encoding's order.
+pub mod gpr {
+    #![allow(missing_docs, reason = "the manual's own mnemonics")]
+    pub const RAX: usize = 0;
+    pub const RCX: usize = 1;
+    pub const RDX: usize = 2;
+    pub const RBX: usize = 3;
+    pub const RSP: usize = 4;
+    pub const RBP: usize = 5;
+    pub const RSI: usize = 6;
+    pub const RDI: usize = 7;
+}
+
+/// How code is decoded: CS.L and CS.D (with real and virtual-8086 mode as 16-bit code).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[repr(u8)]
+pub enum CodeSize {
+    /// 16-bit default sizes.
+    Bits16,
+    /// 32-bit default sizes.
+    Bits32,
+    /// 64-bit mode.
+    Bits64,
+}
+
+/// MSRs without an effect of their own in an emulator, and those that instructions read directly.
+#[derive(Clone, Debug, Default)]
+pub struct Msrs {
+    /// IA32_EFER.
+    pub efer: u64,
+    /// IA32_STAR.
+    pub star: u64,
+    /// IA32_LSTAR.
+    pub lstar: u64,
+    /// IA32_CSTAR.
+    pub cstar: u64,
+    /// IA32_FMASK.
+    pub fmask: u64,
+    /// IA32_KERNEL_GS_BASE.
+    pub kernel_gs_base: u64,
+    /// IA32_SYSENTER_CS, ESP, EIP.
+    pub sysenter: [u64; 3],
+    /// IA32_TSC_AUX.
+    pub tsc_aux: u64,
+    /// IA32_PAT.
+    pub pat: u64,
+    /// IA32_MTRR_DEF_TYPE.
+    pub mtrr_def_type: u64,
+    /// Fixed-range MTRRs: 250h, 258h, 259h, 268h-26Fh.
+    pub mtrr_fixed: [u64; 11],
+    /// Variable-range MTRRs, base and mask in turn from 200h on.
+    pub mtrr_variable: [u64; 16],
+    /// IA32_MISC_ENABLE.
+    pub misc_enable: u64,
+    /// IA32_XSS.
+    pub xss: u64,
+    /// Guest TSC minus host TSC, in ticks.
+    pub tsc_offset: u64,
+    /// IA32_TSC_ADJUST.
+    pub tsc_adjust: u64,
+}
+
+/// The vector and x87 state as XSAVE sees it.
+#[derive(Clone, Debug)]
+#[repr(C, align(64))]
+pub struct VectorState {
+    /// XMM and upper YMM halves, one register after another: 32 bytes each.
+    pub ymm: [[u8; 32]; 16],
+    /// x87 state in the first 160 bytes of the FXSAVE64 layout (its XMM and MXCSR fields are not used).
+    pub fx: [u8; 512],
+    /// MXCSR.
+    pub mxcsr: u32,
+    /// XCR0.
+    pub xcr0: u64,
+}
+
+/// One software CPU.
+#[repr(C)]
+pub struct Core {
+    /// RAX-R15, a zero slot, RIP: see [`Insn`].
+    pub regs: [u64; 18],
+    /// The run loop leaves the block when its cursor reaches this; 0 leaves after the current instruction.
+    pub stop_at: usize,
+    /// Arithmetic flags as LAHF and SETO give them: SF ZF 0 AF 0 PF 1 CF in the high byte, OF in bit 0.
+    pub arithmetic: u16,
+    /// A STI or a load of SS just ran: no interrupt before the next instruction ends.
+    pub interrupt_shadow: bool,
+    /// The default sizes of code, from CS.
+    pub code_size: CodeSize,
+    /// Current privilege level.
+    pub cpl: u8,
+    /// Why SSE (bit 0), AVX (bit 1) or x87 (bit 2) instructions cannot run now: see [`Core::update_mode`].
+    pub fpu_blocked: u8,
+    /// RFLAGS without the arithmetic flags (bit 1 set).
+    pub system_flags: u64,
+    /// Guest RAM soft TLBs and page walks.
+    pub mmu: Mmu,
+    /// Segment registers.
+    pub segments: [Segment; 6],
+    /// LDTR.
+    pub ldtr: Segment,
+    /// TR.
+    pub tr: Segment,
+    /// GDTR.
+    pub gdtr: DescriptorTable,
+    /// IDTR.
+    pub idtr: DescriptorTable,
+    /// CR0, CR2, CR3, CR4 at their own numbers.
+    pub cr: [u64; 5],
+    /// DR0-DR3, DR6 at 6, DR7 at 7.
+    pub dr: [u64; 8],
+    /// MSRs.
+    pub msr: Msrs,
+    /// Vector and x87 state.
+    pub vector: VectorState,
+    /// Native stubs for vector and x87 instructions.
+    pub native: Native,
+    /// The local APIC's own side.
+    pub lapic: Lapic,
+    /// What waits behind an `Err(Raised)`.
+    pub raised: Exception,
+    /// Guest instructions executed.
+    pub instructions: u64,
+    /// The processor shut down (triple fault).
+    pub shut_down: bool,
+    /// HLT ran: sleep until the next event.
+    pub halted: bool,
+    /// What a debugger wants.
+    pub debug: DebugControl,
+    /// Guest RAM.
+    pub ram: Arc<GuestRam>,
+    /// The machine around.
+    pub machine: Arc<dyn Machine>,
+    /// What other vCPUs and threads see of this vCPU and of the VM.
+    pub shared: Arc<Shared>,
+}
+
+impl Core {
+    /// RIP: of the next instruction inside handlers.
+    #[inline(always)]
+    pub fn rip(&self) -> u64 {
+        self.regs[17]
+    }
+
+    /// Sets RIP.
+    #[inline(always)]
+    pub fn set_rip(&mut self, rip: u64) {
+        self.regs[17] = rip;
+    }
+
+    /// Makes the run loop look at everything anew after this instruction: mode, code pages, events.
+    #[inline(always)]
+    pub fn leave_block(&mut self) {
+        self.stop_at = 0;
+    }
+
+    /// Raises an exception without error code.
+    #[cold]
+    pub fn raise<T>(&mut self, vector: u8) -> Exec<T> {
+        self.raised = Exception {
+            vector,
+            ..Exception::default()
+        };
+        Err(Raised)
+    }
+
+    /// Raises an exception with an error code.
+    #[cold]
+    pub fn raise_code<T>(&mut self, vector: u8, error: u32) -> Exec<T> {
+        self.raised = Exception {
+            vector,
+            error: Some(error),
+            ..Exception::default()
+        };
+        Err(Raised)
+    }
+
+    /// Raises #GP(0).
+    #[cold]
+    pub fn general_protection<T>(&mut self) -> Exec<T> {
+        self.raise_code(vector::GP, 0)
+    }
+
+    /// RFLAGS, whole.
+    pub fn rflags(&self) -> u64 {
+        let a = u64::from(self.arithmetic);
+        self.system_flags | (a >> 8) & (flag::ARITHMETIC & 0xff) | (a & 1) << 11
+    }
+
+    /// Sets RFLAGS, whole, without any check.
+    pub fn set_rflags(&mut self, value: u64) {
+        self.set_arithmetic(value);
+        self.system_flags = value & 0x3f_7fd5 & !flag::ARITHMETIC | 2;
+    }
+
+    /// Sets only the arithmetic flags.
+    #[inline(always)]
+    pub fn set_arithmetic(&mut self, value: u64) {
+        self.arithmetic = ((value & 0xd5 | 2) << 8 | value >> 11 & 1) as u16;
+    }
+
+    /// True in long mode (EFER.LMA), 64-bit or compatibility.
+    #[inline]
+    pub fn long_mode(&self) -> bool {
+        self.msr.efer & 1 << 10 != 0
+    }
+
+    /// True in protected (or long) mode.
+    #[inline]
+    pub fn protected(&self) -> bool {
+        self.cr[0] & 1 != 0
+    }
+
+    /// True in virtual-8086 mode.
+    #[inline]
+    pub fn virtual_8086(&self) -> bool {
+        self.system_flags & flag::VM != 0
+    }
+
+    /// Address of a memory operand, before segmentation.
+    #[inline(always)]
+    pub fn offset_of(&self, insn: &Insn) -> u64 {
+        let base = self.read_reg::<u64>(insn.base);
+        let index = self.read_reg::<u64>(insn.index);
+        let sum = base.wrapping_add(index << insn.scale).wrapping_add(insn.disp as u64);
+        if insn.flags & COMPLEX == 0 {
+            sum
+        } else if insn.flags & ADDRESS16 != 0 {
+            sum & 0xffff
+        } else if insn.flags & ADDRESS32 != 0 {
+            sum & 0xffff_ffff
+        } else {
+            sum
+        }
+    }
+
+    /// Reads a register of `T`'s size at a byte offset of [`Core::regs`].
+    #[inline(always)]
+    pub fn read_reg<T: Copy>(&self, at: u8) -> T {
+        debug_assert!(usize::from(at) + size_of::<T>() <= size_of_val(&self.regs));
+        // SAFETY: decoders only make offsets of registers; any bits are a valid unsigned integer.
+        unsafe {
+            self.regs
+                .as_ptr()
+                .cast::<u8>()
+                .add(usize::from(at))
+                .cast::<T>()
+                .read_unaligned()
+        }
+    }
+
+    /// Writes a register of `T`'s size; a 32-bit write clears the upper half.
+    #[inline(always)]
+    pub fn write_reg<T: crate::size::Size>(&mut self, at: u8, value: T) {
+        debug_assert!(usize::from(at) + size_of::<T>() <= 16 * 8);
+        let pointer = self.regs.as_mut_ptr().cast::<u8>().wrapping_add(usize::from(at));
+        if size_of::<T>() == 4 {
+            // SAFETY: the offset is that of a whole register for this size.
+            unsafe { pointer.cast::<u64>().write(value.to_u64()) }
+        } else {
+            // SAFETY: as in `read_reg`.
+            unsafe { pointer.cast::<T>().write_unaligned(value) }
+        }
+    }
+}

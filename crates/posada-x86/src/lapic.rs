@@ -1,0 +1,5 @@
+//! The local APIC.
+
+/// Own side.
+#[derive(Default)]
+pub struct Lapic {}

@@ -1,0 +1,5 @@
+//! Native stubs.
+
+/// Stub cache.
+#[derive(Default)]
+pub struct Native {}
