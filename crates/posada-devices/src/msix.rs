@@ -1,0 +1,225 @@
+//! MSI-X (PCI 3.0 section 6.8.2): a function's interrupt vectors as messages, with masks per vector and per function.
+
+use crate::bus::get_le;
+use posada_engine::{Msi, MsiSink};
+use std::sync::{Arc, Mutex};
+
+/// Capability id.
+pub const CAPABILITY: u8 = 0x11;
+/// Bits of the message control word that a driver may write: enable and function mask.
+pub const CONTROL_WRITABLE: u16 = ENABLE | FUNCTION_MASK;
+/// Bytes of a table entry.
+pub const ENTRY: u64 = 16;
+
+const ENABLE: u16 = 1 << 15;
+const FUNCTION_MASK: u16 = 1 << 14;
+/// Where the vector control word's mask bit lies in an entry.
+const VECTOR_CONTROL: usize = 12;
+
+struct State {
+    control: u16,
+    table: Vec<[u8; ENTRY as usize]>,
+    pending: Vec<u64>,
+}
+
+impl State {
+    fn masked(&self, vector: usize) -> bool {
+        self.control & FUNCTION_MASK != 0 || self.table[vector][VECTOR_CONTROL] & 1 != 0
+    }
+
+    fn message(&self, vector: usize) -> Msi {
+        let entry = &self.table[vector];
+        Msi {
+            address: get_le(&entry[..8]),
+            data: get_le(&entry[8..12]) as u32,
+        }
+    }
+
+    /// Takes the messages that are pending and no longer masked.
+    fn release(&mut self) -> Vec<Msi> {
+        let mut messages = Vec::new();
+        if self.control & ENABLE != 0 && self.pending.iter().any(|word| *word != 0) {
+            for vector in 0..self.table.len() {
+                let (word, bit) = (vector / 64, 1 << (vector % 64));
+                if self.pending[word] & bit != 0 && !self.masked(vector) {
+                    self.pending[word] &= !bit;
+                    messages.push(self.message(vector));
+                }
+            }
+        }
+        messages
+    }
+}
+
+/// The vectors of one function: table, pending bits and masks.
+pub struct Msix {
+    sink: Arc<dyn MsiSink>,
+    // Never held while the sink is called.
+    state: Mutex<State>,
+}
+
+impl Msix {
+    /// `vectors` (1 to 2048) masked vectors that send to `sink`.
+    pub fn new(sink: Arc<dyn MsiSink>, vectors: u16) -> Self {
+        let count = usize::from(vectors);
+        let mut entry = [0; ENTRY as usize];
+        entry[VECTOR_CONTROL] = 1;
+        Self {
+            sink,
+            state: Mutex::new(State {
+                control: 0,
+                table: vec![entry; count],
+                pending: vec![0; count.div_ceil(64)],
+            }),
+        }
+    }
+
+    /// Number of vectors.
+    pub fn vectors(&self) -> u16 {
+        self.state.lock().unwrap().table.len() as u16
+    }
+
+    /// The capability's body behind id and link, for a table and a pending bit array in `bar`, and which bits of it a
+    /// driver may write.
+    pub fn capability(&self, bar: u8, table: u32, pending: u32) -> ([u8; 10], [u8; 10]) {
+        let mut body = [0; 10];
+        body[..2].copy_from_slice(&(self.vectors() - 1).to_le_bytes());
+        body[2..6].copy_from_slice(&(table | u32::from(bar)).to_le_bytes());
+        body[6..].copy_from_slice(&(pending | u32::from(bar)).to_le_bytes());
+        let mut writable = [0; 10];
+        writable[..2].copy_from_slice(&CONTROL_WRITABLE.to_le_bytes());
+        (body, writable)
+    }
+
+    /// The driver wrote the message control word.
+    pub fn set_control(&self, control: u16) {
+        let messages = {
+            let mut state = self.state.lock().unwrap();
+            state.control = control;
+            state.release()
+        };
+        self.send(messages);
+    }
+
+    /// Raises `vector`. Lost while MSI-X is off, kept while masked; a vector that does not exist is ignored.
+    pub fn signal(&self, vector: u16) {
+        let vector = usize::from(vector);
+        let message = {
+            let mut state = self.state.lock().unwrap();
+            if vector >= state.table.len() || state.control & ENABLE == 0 {
+                return;
+            }
+            if state.masked(vector) {
+                state.pending[vector / 64] |= 1 << (vector % 64);
+                return;
+            }
+            state.message(vector)
+        };
+        self.sink.signal_msi(message);
+    }
+
+    /// A load from the table.
+    pub fn table_read(&self, offset: u64, data: &mut [u8]) {
+        let state = self.state.lock().unwrap();
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            let entry = state.table.get((at / ENTRY) as usize);
+            *byte = entry.map_or(0, |entry| entry[(at % ENTRY) as usize]);
+        }
+    }
+
+    /// A store to the table.
+    pub fn table_write(&self, offset: u64, data: &[u8]) {
+        let messages = {
+            let mut state = self.state.lock().unwrap();
+            for (byte, at) in data.iter().zip(offset..) {
+                if let Some(entry) = state.table.get_mut((at / ENTRY) as usize) {
+                    entry[(at % ENTRY) as usize] = *byte;
+                }
+            }
+            state.release()
+        };
+        self.send(messages);
+    }
+
+    /// A load from the pending bit array. Stores there have no effect.
+    pub fn pending_read(&self, offset: u64, data: &mut [u8]) {
+        let state = self.state.lock().unwrap();
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            let word = state.pending.get((at / 8) as usize);
+            *byte = word.map_or(0, |word| (word >> (at % 8 * 8)) as u8);
+        }
+    }
+
+    fn send(&self, messages: Vec<Msi>) {
+        messages.into_iter().for_each(|message| self.sink.signal_msi(message));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{Random, Sink};
+
+    fn vector(msix: &Msix, vector: u64, data: u32, masked: bool) {
+        msix.table_write(vector * ENTRY, &0xfee0_1000_u64.to_le_bytes());
+        msix.table_write(vector * ENTRY + 8, &data.to_le_bytes());
+        msix.table_write(vector * ENTRY + 12, &u32::from(masked).to_le_bytes());
+    }
+
+    fn pending(msix: &Msix) -> u64 {
+        let mut data = [0; 8];
+        msix.pending_read(0, &mut data);
+        get_le(&data)
+    }
+
+    #[test]
+    fn a_masked_vector_is_kept_pending_until_unmasked() {
+        let sink = Sink::new();
+        let msix = Msix::new(sink.clone(), 3);
+        vector(&msix, 1, 0x51, false);
+        msix.signal(1);
+        assert_eq!(sink.take(), [], "MSI-X is off");
+        msix.set_control(ENABLE);
+        msix.signal(1);
+        let message = Msi {
+            address: 0xfee0_1000,
+            data: 0x51,
+        };
+        assert_eq!(sink.take(), [message]);
+        vector(&msix, 1, 0x51, true);
+        msix.signal(1);
+        msix.signal(1);
+        assert_eq!((sink.take(), pending(&msix)), (vec![], 2));
+        vector(&msix, 1, 0x51, false);
+        assert_eq!((sink.take(), pending(&msix)), (vec![message], 0));
+    }
+
+    #[test]
+    fn the_function_mask_holds_all_vectors() {
+        let sink = Sink::new();
+        let msix = Msix::new(sink.clone(), 70);
+        vector(&msix, 0, 0x50, false);
+        vector(&msix, 69, 0x51, false);
+        msix.set_control(ENABLE | FUNCTION_MASK);
+        msix.signal(0);
+        msix.signal(69);
+        msix.signal(70);
+        assert_eq!(sink.take(), []);
+        msix.set_control(ENABLE);
+        assert_eq!(sink.take().iter().map(|msi| msi.data).collect::<Vec<_>>(), [0x50, 0x51]);
+    }
+
+    #[test]
+    fn random_accesses_never_panic() {
+        let msix = Msix::new(Sink::new(), 3);
+        let mut random = Random::new(3);
+        for _ in 0..10_000 {
+            let mut data = vec![random.next() as u8; 1 + random.below(64) as usize];
+            msix.table_write(random.below(0x1000), &data);
+            msix.table_read(random.below(0x1000), &mut data);
+            msix.pending_read(random.below(0x1000), &mut data);
+            msix.set_control(random.next() as u16);
+            msix.signal(random.below(5) as u16);
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! COM1: a 16550A UART on eight ports. The registers are vm-superio's; here are the interrupt line, the output's
+//! buffering, and input that is never lost.
+
+use crate::bus::PortDevice;
+use crate::ioapic::IrqLine;
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use vm_superio::Trigger;
+use vm_superio::serial::{NoEvents, Serial as Uart};
+
+/// Ports of a UART.
+pub const PORTS: u64 = 8;
+
+const IER: u16 = 1;
+const LSR: u16 = 5;
+/// Received data interrupt enable.
+const RDI: u8 = 1;
+/// Reads of LSR in a row, and nothing else, from which on a guest is taken to poll for input.
+const POLLING: u32 = 3;
+
+/// When output goes on to the writer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Flush {
+    /// At every byte: for terminals and pipes, where a prompt has no newline.
+    Byte,
+    /// At a newline, every 4 KiB, and in [`Serial::flush`]: for files.
+    Line,
+}
+
+struct Output {
+    writer: Box<dyn Write + Send>,
+    when: Flush,
+    buffer: Vec<u8>,
+}
+
+impl Output {
+    fn drain(&mut self) -> io::Result<()> {
+        // A writer that fails has had its chance: keeping the bytes would only let the buffer grow.
+        let result = self.writer.write_all(&self.buffer);
+        self.buffer.clear();
+        result.and_then(|()| self.writer.flush())
+    }
+}
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.buffer.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    /// The UART calls this after each byte.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.when == Flush::Byte || self.buffer.last() == Some(&b'\n') || self.buffer.len() >= 4096 {
+            self.drain()?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Output {
+    fn drop(&mut self) {
+        let _ = self.drain();
+    }
+}
+
+/// Notes that the UART wants an interrupt, to be raised once no lock is held.
+#[derive(Clone, Default)]
+struct Wanted(Arc<AtomicBool>);
+
+impl Trigger for Wanted {
+    type E = Infallible;
+
+    fn trigger(&self) -> Result<(), Infallible> {
+        self.0.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+}
+
+struct State {
+    uart: Uart<Wanted, NoEvents, Output>,
+    /// Input the FIFO has no room for yet.
+    waiting: VecDeque<u8>,
+    /// Reads of LSR since any other access.
+    polls: u32,
+}
+
+impl State {
+    /// Moves waiting input into the FIFO once the guest looks for it. A driver empties the receiver when it opens the
+    /// port, so input typed before that stays here.
+    fn refill(&mut self) {
+        let listens = self.uart.state().interrupt_enable & RDI != 0 || self.polls >= POLLING;
+        if !listens || self.waiting.is_empty() || self.uart.fifo_capacity() == 0 {
+            return;
+        }
+        let room = self.uart.fifo_capacity().min(self.waiting.len());
+        let bytes: Vec<u8> = self.waiting.iter().take(room).copied().collect();
+        // In loopback the UART takes nothing; what it took leaves the queue.
+        if let Ok(taken) = self.uart.enqueue_raw_bytes(&bytes) {
+            self.waiting.drain(..taken);
+        }
+    }
+}
+
+/// A serial port. On the port bus for the guest, [`Serial::input`] for the host.
+pub struct Serial {
+    state: Mutex<State>,
+    wanted: Wanted,
+    irq: Arc<dyn IrqLine>,
+}
+
+impl Serial {
+    /// A port that interrupts through `irq` (COM1: I/O APIC line 4) and prints to `output`.
+    pub fn new(irq: Arc<dyn IrqLine>, output: Box<dyn Write + Send>, when: Flush) -> Arc<Self> {
+        let wanted = Wanted::default();
+        let output = Output {
+            writer: output,
+            when,
+            buffer: Vec::new(),
+        };
+        Arc::new(Self {
+            state: Mutex::new(State {
+                uart: Uart::new(wanted.clone(), output),
+                waiting: VecDeque::new(),
+                polls: 0,
+            }),
+            wanted,
+            irq,
+        })
+    }
+
+    /// Input for the guest, of any length: what the FIFO cannot take waits here.
+    pub fn input(&self, bytes: &[u8]) {
+        let mut state = self.state.lock().unwrap();
+        state.waiting.extend(bytes);
+        state.refill();
+        self.finish(state);
+    }
+
+    /// Bytes of input the guest has not read yet.
+    pub fn input_waiting(&self) -> usize {
+        let state = self.state.lock().unwrap();
+        state.waiting.len() + state.uart.state().in_buffer.len()
+    }
+
+    /// Passes buffered output on.
+    ///
+    /// # Errors
+    /// What the writer says.
+    pub fn flush(&self) -> io::Result<()> {
+        self.state.lock().unwrap().uart.writer_mut().drain()
+    }
+
+    /// Lets go of the lock, then raises the interrupt the UART asked for.
+    fn finish(&self, state: MutexGuard<'_, State>) {
+        drop(state);
+        if self.wanted.0.swap(false, Ordering::Relaxed) {
+            self.irq.pulse();
+        }
+    }
+}
+
+impl PortDevice for Serial {
+    fn read(&self, offset: u16, data: &mut [u8]) {
+        let mut state = self.state.lock().unwrap();
+        for (byte, at) in data.iter_mut().zip(offset..) {
+            state.polls = if at == LSR { state.polls.saturating_add(1) } else { 0 };
+            state.refill();
+            *byte = state.uart.read(at.min(0xff) as u8);
+        }
+        state.refill();
+        self.finish(state);
+    }
+
+    fn write(&self, offset: u16, data: &[u8]) {
+        let mut state = self.state.lock().unwrap();
+        for (byte, at) in data.iter().zip(offset..) {
+            state.polls = 0;
+            if let Err(error) = state.uart.write(at.min(0xff) as u8, *byte) {
+                tracing::debug!(%error, "serial output lost");
+            }
+            if at == IER {
+                state.refill();
+            }
+        }
+        self.finish(state);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::Random;
+    use std::sync::atomic::AtomicUsize;
+
+    #[derive(Default)]
+    struct Edges(AtomicUsize);
+
+    impl IrqLine for Edges {
+        fn set_level(&self, asserted: bool) {
+            self.0.fetch_add(usize::from(asserted), Ordering::Relaxed);
+        }
+    }
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn register(serial: &Serial, at: u16) -> u8 {
+        let mut byte = [0];
+        serial.read(at, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_is_not_lost() {
+        let irq = Arc::new(Edges::default());
+        let serial = Serial::new(irq.clone(), Box::new(io::sink()), Flush::Byte);
+        let input: Vec<u8> = (0..1000).map(|at| at as u8).collect();
+        serial.input(&input[..700]);
+        // What Linux does when it opens the port: it throws away what the receiver holds.
+        register(&serial, LSR);
+        register(&serial, 0);
+        serial.write(IER, &[RDI]);
+        assert_eq!(irq.0.load(Ordering::Relaxed), 1);
+        let mut got = Vec::new();
+        while register(&serial, LSR) & 1 != 0 {
+            got.push(register(&serial, 0));
+            if got.len() == 100 {
+                serial.input(&input[700..]);
+            }
+        }
+        assert_eq!(got, input);
+        assert_eq!(serial.input_waiting(), 0);
+        assert!(irq.0.load(Ordering::Relaxed) > 1);
+    }
+
+    #[test]
+    fn a_guest_that_polls_gets_input_without_interrupts() {
+        let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Byte);
+        serial.input(b"ok");
+        let mut got = Vec::new();
+        for _ in 0..20 {
+            if register(&serial, LSR) & 1 != 0 {
+                got.push(register(&serial, 0));
+            }
+        }
+        assert_eq!(got, b"ok");
+    }
+
+    #[test]
+    fn output_is_flushed_at_each_byte_or_each_line() {
+        for (when, early) in [(Flush::Byte, "login: "), (Flush::Line, "")] {
+            let out = Shared::default();
+            let serial = Serial::new(Arc::new(Edges::default()), Box::new(out.clone()), when);
+            b"login: ".iter().for_each(|byte| serial.write(0, &[*byte]));
+            assert_eq!(*out.0.lock().unwrap(), early.as_bytes());
+            serial.write(0, b"\n");
+            assert_eq!(*out.0.lock().unwrap(), b"login: \n");
+            serial.write(0, b"x");
+            drop(serial);
+            assert_eq!(*out.0.lock().unwrap(), b"login: \nx");
+        }
+    }
+
+    #[test]
+    fn an_empty_transmitter_interrupts_when_enabled_and_after_each_byte() {
+        let irq = Arc::new(Edges::default());
+        let serial = Serial::new(irq.clone(), Box::new(io::sink()), Flush::Byte);
+        serial.write(IER, &[2]);
+        assert_eq!(irq.0.load(Ordering::Relaxed), 1);
+        assert_eq!(register(&serial, 2) & 0xf, 2);
+        serial.write(0, b"x");
+        assert_eq!(irq.0.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn random_accesses_never_panic() {
+        let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Line);
+        let mut random = Random::new(2);
+        for _ in 0..20_000 {
+            let mut data = vec![random.next() as u8; 1 + random.below(4) as usize];
+            serial.write(random.below(8) as u16, &data);
+            serial.read(random.below(8) as u16, &mut data);
+            if random.below(10) == 0 {
+                serial.input(&data);
+            }
+        }
+    }
+}
