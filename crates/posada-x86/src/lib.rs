@@ -8,3 +8,4 @@ pub mod mmu;
 pub mod native;
 pub mod shared;
 pub mod size;
+pub mod walk;

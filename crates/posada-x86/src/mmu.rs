@@ -1,23 +1,582 @@
-//! Address translation: soft TLBs, page walks, permissions, MMIO.
+//! Guest memory as instructions see it: soft TLBs in front of the page walks of [`crate::walk`], permissions, MMIO.
 
-use crate::core::Core;
-use crate::fault::Exec;
+use crate::core::{CodeSize, Core, flag, seg};
+use crate::fault::{Exception, Exec, Raised, vector};
 use crate::size::Size;
+use crate::walk::{Access, Mapping};
+use std::arch::asm;
+
+const ENTRIES: usize = 1024;
+/// Tables: data of user mode, of supervisor mode, of supervisor mode with EFLAGS.AC, code of user and supervisor mode.
+const TABLES: usize = 5;
+const USER: usize = 0;
+const SUPERVISOR: usize = 1;
+const SUPERVISOR_AC: usize = 2;
+const FETCH_USER: usize = 3;
+const FETCH_SUPERVISOR: usize = 4;
+/// In an entry's `gpa`: the mapping is global; the page's log2 size is in the five bits below.
+const GLOBAL: u64 = 1 << 7;
+
+/// One cached translation. A tag is a linear page address, or that of another slot's page for "never".
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Entry {
+    read: u64,
+    write: u64,
+    host: *mut u8,
+    gpa: u64,
+}
+
+impl Entry {
+    fn empty(index: usize) -> Self {
+        let never = ((index % ENTRIES) as u64 ^ 1) << 12;
+        Self {
+            read: never,
+            write: never,
+            host: std::ptr::null_mut(),
+            gpa: 0,
+        }
+    }
+}
 
 /// Soft TLBs.
-#[derive(Default)]
-pub struct Mmu {}
+pub struct Mmu {
+    /// All tables, one after another.
+    entries: Box<[Entry]>,
+    /// Slots in use, so that a flush costs what was used.
+    filled: Vec<u16>,
+    /// The data table of the current mode: its first slot.
+    active: usize,
+}
+
+// SAFETY: the pointers name guest RAM, which outlives the Core that owns this.
+unsafe impl Send for Mmu {}
+
+impl Default for Mmu {
+    fn default() -> Self {
+        Self {
+            entries: (0..TABLES * ENTRIES).map(Entry::empty).collect(),
+            filled: Vec::new(),
+            active: SUPERVISOR * ENTRIES,
+        }
+    }
+}
+
+impl Mmu {
+    #[inline(always)]
+    fn slot(first: usize, linear: u64) -> usize {
+        first + (linear >> 12) as usize % ENTRIES
+    }
+
+    #[inline(always)]
+    fn entry(&self, first: usize, linear: u64) -> &Entry {
+        let slot = Self::slot(first, linear);
+        debug_assert!(slot < self.entries.len());
+        // SAFETY: `first` is the start of one of the tables and the rest is below a table's length.
+        unsafe { self.entries.get_unchecked(slot) }
+    }
+
+    fn fill(&mut self, first: usize, linear: u64, host: *mut u8, mapping: &Mapping, write: bool) {
+        let slot = Self::slot(first, linear);
+        let empty = Entry::empty(slot);
+        let entry = &mut self.entries[slot];
+        if entry.read == empty.read {
+            self.filled.push(slot as u16);
+        }
+        let page = linear & !0xfff;
+        *entry = Entry {
+            read: page,
+            write: if write { page } else { empty.write },
+            host,
+            gpa: mapping.gpa & !0xfff | u64::from(mapping.shift) | if mapping.global { GLOBAL } else { 0 },
+        };
+    }
+
+    /// Forgets everything.
+    pub fn flush(&mut self) {
+        for slot in self.filled.drain(..) {
+            self.entries[usize::from(slot)] = Entry::empty(slot.into());
+        }
+    }
+
+    fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
+        let entries = &mut self.entries;
+        self.filled.retain(|&slot| {
+            let entry = &mut entries[usize::from(slot)];
+            let gone = drop(entry);
+            if gone {
+                *entry = Entry::empty(slot.into());
+            }
+            !gone
+        });
+    }
+
+    /// Forgets all but global pages.
+    pub fn flush_non_global(&mut self) {
+        self.flush_where(|entry| entry.gpa & GLOBAL == 0);
+    }
+
+    /// Forgets one page, whatever its size.
+    pub fn flush_page(&mut self, linear: u64) {
+        self.flush_where(|entry| (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0);
+    }
+
+    /// Sends stores to the page at guest physical address `gpa` through the slow path: it holds code now.
+    pub fn forbid_writes(&mut self, gpa: u64) {
+        for &slot in &self.filled {
+            let entry = &mut self.entries[usize::from(slot)];
+            if (entry.gpa ^ gpa) >> 12 == 0 {
+                entry.write = Entry::empty(slot.into()).write;
+            }
+        }
+    }
+}
+
+/// One load of guest memory, whole as the guest's own would be.
+///
+/// # Safety
+/// `pointer` names `T::BYTES` mapped bytes.
+#[inline(always)]
+unsafe fn read_host<T: Size>(pointer: *const u8) -> T {
+    let value: u64;
+    // SAFETY: the caller vouches for the bytes; the instruction changes nothing else.
+    unsafe {
+        match T::BITS {
+            8 => {
+                asm!("movzx {0:e}, byte ptr [{1}]", out(reg) value, in(reg) pointer, options(nostack, preserves_flags))
+            }
+            16 => {
+                asm!("movzx {0:e}, word ptr [{1}]", out(reg) value, in(reg) pointer, options(nostack, preserves_flags))
+            }
+            32 => asm!("mov {0:e}, [{1}]", out(reg) value, in(reg) pointer, options(nostack, preserves_flags)),
+            _ => asm!("mov {0}, [{1}]", out(reg) value, in(reg) pointer, options(nostack, preserves_flags)),
+        }
+    }
+    T::from_u64(value)
+}
+
+/// One store to guest memory.
+///
+/// # Safety
+/// `pointer` names `T::BYTES` mapped, writable bytes.
+#[inline(always)]
+unsafe fn write_host<T: Size>(pointer: *mut u8, value: T) {
+    let value = value.to_u64();
+    // SAFETY: the caller vouches for the bytes.
+    unsafe {
+        match T::BITS {
+            8 => asm!("mov [{1}], {0}", in(reg_byte) value as u8, in(reg) pointer, options(nostack, preserves_flags)),
+            16 => asm!("mov [{1}], {0:x}", in(reg) value, in(reg) pointer, options(nostack, preserves_flags)),
+            32 => asm!("mov [{1}], {0:e}", in(reg) value, in(reg) pointer, options(nostack, preserves_flags)),
+            _ => asm!("mov [{1}], {0}", in(reg) value, in(reg) pointer, options(nostack, preserves_flags)),
+        }
+    }
+}
 
 impl Core {
     /// Loads from a linear address with the rights of the current privilege level.
     #[inline(always)]
-    pub fn load<T: Size>(&mut self, _linear: u64) -> Exec<T> {
-        self.general_protection()
+    pub fn load<T: Size>(&mut self, linear: u64) -> Exec<T> {
+        self.load_from(self.mmu.active, linear)
     }
 
     /// Stores to a linear address with the rights of the current privilege level.
     #[inline(always)]
-    pub fn store<T: Size>(&mut self, _linear: u64, _value: T) -> Exec {
-        self.general_protection()
+    pub fn store<T: Size>(&mut self, linear: u64, value: T) -> Exec {
+        self.store_to(self.mmu.active, linear, value)
+    }
+
+    /// Loads as the processor itself does for its tables: with supervisor rights at any privilege level.
+    #[inline]
+    pub fn load_system<T: Size>(&mut self, linear: u64) -> Exec<T> {
+        self.load_from(SUPERVISOR * ENTRIES, linear)
+    }
+
+    /// Stores as the processor itself does.
+    #[inline]
+    pub fn store_system<T: Size>(&mut self, linear: u64, value: T) -> Exec {
+        self.store_to(SUPERVISOR * ENTRIES, linear, value)
+    }
+
+    #[inline(always)]
+    fn load_from<T: Size>(&mut self, first: usize, linear: u64) -> Exec<T> {
+        let entry = self.mmu.entry(first, linear);
+        let offset = linear ^ entry.read;
+        if offset <= 4096 - T::BYTES {
+            // SAFETY: a filled slot names a page of guest RAM, and all the bytes are inside the page.
+            return Ok(unsafe { read_host(entry.host.add(offset as usize)) });
+        }
+        let mut bytes = [0; 8];
+        self.load_slow(first, linear, &mut bytes[..T::BYTES as usize])?;
+        Ok(T::from_u64(u64::from_le_bytes(bytes)))
+    }
+
+    #[inline(always)]
+    fn store_to<T: Size>(&mut self, first: usize, linear: u64, value: T) -> Exec {
+        let entry = self.mmu.entry(first, linear);
+        let offset = linear ^ entry.write;
+        if offset <= 4096 - T::BYTES {
+            // SAFETY: as in `load_from`; a write tag is only set for writable pages.
+            unsafe { write_host(entry.host.add(offset as usize), value) };
+            return Ok(());
+        }
+        self.store_slow(first, linear, &value.to_u64().to_le_bytes()[..T::BYTES as usize])
+    }
+
+    /// Pieces of an access: the second is empty unless it crosses a page. Both are translated before anything is done.
+    fn pieces(&mut self, first: usize, linear: u64, length: usize, write: bool) -> Exec<[(u64, usize); 2]> {
+        let room = 4096 - (linear & 0xfff) as usize;
+        let gpa = self.look_up(first, linear, write)?;
+        if length <= room {
+            return Ok([(gpa, length), (0, 0)]);
+        }
+        let mut next = linear.wrapping_add(room as u64);
+        if self.code_size != CodeSize::Bits64 {
+            next &= 0xffff_ffff;
+        }
+        let second = self.look_up(first, next, write)?;
+        Ok([(gpa, room), (second, length - room)])
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn load_slow(&mut self, first: usize, linear: u64, data: &mut [u8]) -> Exec {
+        let pieces = self.pieces(first, linear, data.len(), false)?;
+        let mut data = data;
+        for (gpa, length) in pieces.into_iter().filter(|piece| piece.1 != 0) {
+            let (part, rest) = data.split_at_mut(length);
+            self.physical_read(gpa, part);
+            data = rest;
+        }
+        Ok(())
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn store_slow(&mut self, first: usize, linear: u64, data: &[u8]) -> Exec {
+        let pieces = self.pieces(first, linear, data.len(), true)?;
+        let mut data = data;
+        for (gpa, length) in pieces.into_iter().filter(|piece| piece.1 != 0) {
+            let (part, rest) = data.split_at(length);
+            self.physical_write(gpa, part);
+            data = rest;
+        }
+        Ok(())
+    }
+
+    /// Guest physical address of a linear one, through the table that starts at slot `first`; fills it if it is RAM.
+    fn look_up(&mut self, first: usize, linear: u64, write: bool) -> Exec<u64> {
+        let entry = self.mmu.entry(first, linear);
+        let tag = if write { entry.write } else { entry.read };
+        if (linear ^ tag) < 4096 {
+            return Ok(entry.gpa & !0xfff | linear & 0xfff);
+        }
+        let table = first / ENTRIES;
+        let access = Access {
+            user: table == USER || table == FETCH_USER,
+            override_smap: table == SUPERVISOR_AC,
+            write,
+            fetch: table == FETCH_USER || table == FETCH_SUPERVISOR,
+        };
+        if self.long_mode() && (linear as i64) << 16 >> 16 != linear as i64 {
+            return self.general_protection();
+        }
+        let mapping = match self.walk(linear, access) {
+            Ok(mapping) => mapping,
+            Err(error) => {
+                self.raised = Exception {
+                    vector: vector::PF,
+                    error: Some(error),
+                    address: linear,
+                    dr6: 0,
+                };
+                return Err(Raised);
+            }
+        };
+        let page = mapping.gpa & !0xfff;
+        if let Some(host) = self.ram.host(page, 4096) {
+            let writable = mapping.writable && !self.ram.code().page(page).has_code();
+            self.mmu.fill(first, linear, host, &mapping, writable);
+        }
+        Ok(mapping.gpa)
+    }
+
+    /// Reads guest physical memory, at most 64 bytes inside one page.
+    pub(crate) fn physical_read(&mut self, gpa: u64, data: &mut [u8]) {
+        if let Some(host) = self.ram.host(gpa, data.len() as u64) {
+            // SAFETY: `host` covers all of `data`; whole loads where the guest made one.
+            unsafe {
+                match data.len() {
+                    2 => data.copy_from_slice(&read_host::<u16>(host).to_le_bytes()),
+                    4 => data.copy_from_slice(&read_host::<u32>(host).to_le_bytes()),
+                    8 => data.copy_from_slice(&read_host::<u64>(host).to_le_bytes()),
+                    _ => (0..data.len()).for_each(|at| data[at] = read_host(host.add(at))),
+                }
+            }
+        } else {
+            self.machine.mmio_read(gpa, data);
+        }
+    }
+
+    /// Writes guest physical memory, at most 64 bytes inside one page, and drops code that was there.
+    pub(crate) fn physical_write(&mut self, gpa: u64, data: &[u8]) {
+        if let Some(host) = self.ram.host(gpa, data.len() as u64) {
+            // SAFETY: `host` covers all of `data`; whole stores where the guest made one.
+            unsafe {
+                match *data {
+                    [a] => write_host(host, a),
+                    [a, b] => write_host(host, u16::from_le_bytes([a, b])),
+                    [a, b, c, d] => write_host(host, u32::from_le_bytes([a, b, c, d])),
+                    [a, b, c, d, e, f, g, h] => write_host(host, u64::from_le_bytes([a, b, c, d, e, f, g, h])),
+                    _ => (0..data.len()).for_each(|at| write_host(host.add(at), data[at])),
+                }
+            }
+            if self.ram.code().written(gpa, data.len() as u64) {
+                self.leave_block();
+            }
+        } else {
+            self.machine.mmio_write(gpa, data);
+        }
+    }
+
+    /// Host address for a read-modify-write of one operand: `None` (with the rights checked) if it crosses a page, is
+    /// not RAM, or lies in a page with code.
+    #[inline(always)]
+    pub fn rmw<T: Size>(&mut self, linear: u64) -> Exec<Option<*mut T>> {
+        let entry = self.mmu.entry(self.mmu.active, linear);
+        let offset = linear ^ entry.write;
+        if offset <= 4096 - T::BYTES {
+            return Ok(Some(entry.host.wrapping_add(offset as usize).cast()));
+        }
+        Ok(self.host_range(linear, T::BYTES, true)?.map(<*mut u8>::cast))
+    }
+
+    /// Host address of `length` bytes for the current privilege level, on [`Core::rmw`]'s conditions. Raises what an
+    /// access to the bytes' one or two pages would.
+    pub fn host_range(&mut self, linear: u64, length: u64, write: bool) -> Exec<Option<*mut u8>> {
+        let first = self.mmu.active;
+        let [_, (_, second)] = self.pieces(first, linear, length.clamp(1, 4096) as usize, write)?;
+        let entry = self.mmu.entry(first, linear);
+        let offset = linear ^ if write { entry.write } else { entry.read };
+        Ok((second == 0 && length <= 4096 && offset < 4096).then(|| entry.host.wrapping_add(offset as usize)))
+    }
+
+    /// The page of code that holds `linear`: its guest physical and host addresses, both page-aligned. Outside RAM the
+    /// bus answers all ones, which is no instruction: #UD.
+    #[inline]
+    pub fn fetch_page(&mut self, linear: u64) -> Exec<(u64, *const u8)> {
+        let first = if self.cpl == 3 { FETCH_USER } else { FETCH_SUPERVISOR } * ENTRIES;
+        self.look_up(first, linear, false)?;
+        let entry = self.mmu.entry(first, linear);
+        if (linear ^ entry.read) < 4096 {
+            Ok((entry.gpa & !0xfff, entry.host))
+        } else {
+            self.raise(vector::UD)
+        }
+    }
+
+    /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, the segments and RFLAGS: to be called after any change.
+    pub fn update_mode(&mut self) {
+        let (protected, v86) = (self.protected(), self.virtual_8086());
+        let code = self.segments[seg::CS].access;
+        self.cpl = match (protected, v86) {
+            (false, _) => 0,
+            (true, true) => 3,
+            (true, false) => (self.segments[seg::SS].access >> 5 & 3) as u8,
+        };
+        self.code_size = if protected && self.long_mode() && code & 1 << 13 != 0 {
+            CodeSize::Bits64
+        } else if code & 1 << 14 != 0 && !v86 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        };
+        let table = match self.cpl {
+            3 => USER,
+            _ if self.system_flags & flag::AC != 0 => SUPERVISOR_AC,
+            _ => SUPERVISOR,
+        };
+        self.mmu.active = table * ENTRIES;
+        let (em, ts) = (self.cr[0] & 1 << 2 != 0, self.cr[0] & 1 << 3 != 0);
+        let sse = ts || em || self.cr[4] & 1 << 9 == 0;
+        let avx = ts || self.cr[4] & 1 << 18 == 0 || self.vector.xcr0 & 6 != 6 || !protected || v86;
+        self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2;
+        self.leave_block();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use posada_engine::{CpuState, DebugControl, Machine};
+    use posada_memory::GuestRam;
+    use std::sync::Arc;
+
+    struct Nothing;
+
+    impl Machine for Nothing {
+        fn port_read(&self, _: u16, data: &mut [u8]) {
+            data.fill(0xff);
+        }
+        fn port_write(&self, _: u16, _: &[u8]) {}
+        fn mmio_read(&self, _: u64, data: &mut [u8]) {
+            data.fill(0xff);
+        }
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+        fn end_of_interrupt(&self, _: u8) {}
+    }
+
+    fn core() -> Core {
+        let state = CpuState::reset();
+        let mut core = Core {
+            regs: [0; 18],
+            stop_at: 1,
+            arithmetic: 0,
+            interrupt_shadow: false,
+            code_size: CodeSize::Bits16,
+            cpl: 0,
+            fpu_blocked: 0,
+            system_flags: 2,
+            mmu: Mmu::default(),
+            segments: state.segments,
+            ldtr: state.ldtr,
+            tr: state.tr,
+            gdtr: state.gdtr,
+            idtr: state.idtr,
+            cr: [0x8001_0033, 0, 0x1000, 0, 0],
+            dr: [0; 8],
+            msr: Default::default(),
+            vector: crate::core::VectorState {
+                ymm: [[0; 32]; 16],
+                fx: [0; 512],
+                mxcsr: 0x1f80,
+                xcr0: 1,
+            },
+            native: Default::default(),
+            lapic: Default::default(),
+            raised: Exception::default(),
+            instructions: 0,
+            shut_down: false,
+            halted: false,
+            debug: DebugControl::default(),
+            ram: Arc::new(GuestRam::new(1 << 20).unwrap()),
+            machine: Arc::new(Nothing),
+            shared: Default::default(),
+        };
+        // 4-level tables at 0x1000; linear pages 0 and 1 lead to 0x8000 and 0x9000.
+        core.cr = [0x8001_0033, 0, 0, 0x1000, 0x20];
+        core.msr.efer = 0xd00;
+        for (at, entry) in [
+            (0x1000, 0x2007),
+            (0x2000, 0x3007),
+            (0x3000, 0x4007),
+            (0x4000, 0x8007),
+            (0x4008, 0x9007),
+        ] {
+            put(&mut core, at, entry);
+        }
+        core.segments[seg::CS].access = 0xa09b;
+        core.update_mode();
+        core
+    }
+
+    fn put(core: &mut Core, gpa: u64, value: u64) {
+        core.physical_write(gpa, &value.to_le_bytes());
+        core.mmu.flush();
+    }
+
+    fn get(core: &mut Core, gpa: u64) -> u64 {
+        let mut bytes = [0; 8];
+        core.physical_read(gpa, &mut bytes);
+        u64::from_le_bytes(bytes)
+    }
+
+    fn user(core: &mut Core) {
+        core.segments[seg::SS].access = 0xf3;
+        core.update_mode();
+    }
+
+    #[test]
+    fn accessed_and_dirty_bits_follow_use() {
+        let mut core = core();
+        assert_eq!(core.load::<u32>(0x10), Ok(0));
+        assert_eq!(get(&mut core, 0x4000), 0x8027);
+        assert_eq!(core.store(0x10, 7u32), Ok(()));
+        assert_eq!(get(&mut core, 0x4000), 0x8067);
+        assert_eq!(get(&mut core, 0x2000), 0x3027);
+        assert_eq!(core.load::<u32>(0x10), Ok(7));
+    }
+
+    #[test]
+    fn an_access_across_pages_faults_before_it_stores() {
+        let mut core = core();
+        assert_eq!(core.store(0xffc, 0x1122_3344_5566_7788u64), Ok(()));
+        assert_eq!(core.load::<u64>(0xffc), Ok(0x1122_3344_5566_7788));
+        assert_eq!(get(&mut core, 0x9000), 0x1122_3344);
+        put(&mut core, 0x4008, 0);
+        assert!(core.store(0xffc, 0u64).is_err());
+        assert_eq!(
+            (core.raised.vector, core.raised.error, core.raised.address),
+            (14, Some(2), 0x1000)
+        );
+        assert_eq!(core.load::<u32>(0xffc), Ok(0x5566_7788));
+    }
+
+    #[test]
+    fn rights_give_the_manuals_error_codes() {
+        let mut core = core();
+        user(&mut core);
+        put(&mut core, 0x4000, 0x8003);
+        assert!(core.load::<u8>(0).is_err());
+        assert_eq!(core.raised.error, Some(5));
+        assert_eq!(core.load_system::<u8>(0), Ok(0));
+        put(&mut core, 0x4000, 0x8005 | 1 << 63);
+        assert!(core.store(0, 1u8).is_err());
+        assert_eq!(core.raised.error, Some(7));
+        assert!(core.fetch_page(0).is_err());
+        assert_eq!(core.raised.error, Some(0x15));
+        put(&mut core, 0x4000, 0x8007 | 1 << 50);
+        assert!(core.load::<u8>(0).is_err());
+        assert_eq!(core.raised.error, Some(0xd));
+        assert!(core.load::<u8>(1 << 47).is_err());
+        assert_eq!(core.raised.vector, vector::GP);
+    }
+
+    #[test]
+    fn smap_bars_the_kernel_unless_ac_is_set() {
+        let mut core = core();
+        core.cr[4] |= 1 << 21;
+        core.update_mode();
+        assert!(core.load::<u8>(0).is_err());
+        assert_eq!(core.raised.error, Some(1));
+        core.system_flags |= flag::AC;
+        core.update_mode();
+        assert_eq!(core.load::<u8>(0), Ok(0));
+        assert!(core.load_system::<u8>(0).is_err());
+    }
+
+    #[test]
+    fn large_pages_and_their_flush() {
+        let mut core = core();
+        put(&mut core, 0x3000, 0x87);
+        assert_eq!(core.translate(0x1_2345), Some(0x1_2345));
+        assert_eq!(core.store(0x1_2345, 9u8), Ok(()));
+        assert_eq!(core.load::<u8>(0x1_2345), Ok(9));
+        core.physical_write(0x3000, &[0; 8]);
+        core.mmu.flush_page(0x1f_f000);
+        assert!(core.load::<u8>(0x1_2345).is_err());
+    }
+
+    #[test]
+    fn a_store_over_code_leaves_the_block() {
+        let mut core = core();
+        core.ram.code().page(0x8000).mark(0x40, 16);
+        let before = core.ram.code().page(0x8000).version();
+        core.stop_at = 1;
+        assert_eq!(core.store(0x44, 1u8), Ok(()));
+        assert_eq!(core.stop_at, 0);
+        assert_ne!(core.ram.code().page(0x8000).version(), before);
+        assert_eq!(core.rmw::<u8>(0x44), Ok(None));
+        assert!(core.rmw::<u8>(0x1044).unwrap().is_some());
     }
 }
