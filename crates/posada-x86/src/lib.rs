@@ -1,6 +1,7 @@
 //! The software CPU: an x86-64 processor with its local APIC, MMU, decoder and interpreter.
 
 pub mod core;
+pub mod exception;
 pub mod fault;
 pub mod insn;
 pub mod lapic;

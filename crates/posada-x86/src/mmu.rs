@@ -406,7 +406,7 @@ impl Core {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use posada_engine::{CpuState, DebugControl, Machine};
     use posada_memory::GuestRam;
@@ -426,7 +426,7 @@ mod tests {
         fn end_of_interrupt(&self, _: u8) {}
     }
 
-    fn core() -> Core {
+    pub(crate) fn core() -> Core {
         let state = CpuState::reset();
         let mut core = Core {
             regs: [0; 18],
