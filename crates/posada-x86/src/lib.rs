@@ -9,4 +9,5 @@ pub mod mmu;
 pub mod native;
 pub mod shared;
 pub mod size;
+pub mod system;
 pub mod walk;

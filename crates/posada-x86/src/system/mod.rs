@@ -1,0 +1,3 @@
+//! System instructions.
+
+pub mod control;
