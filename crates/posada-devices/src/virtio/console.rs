@@ -1,0 +1,156 @@
+//! virtio-console (virtio 1.2 section 5.3): one port, optionally with the terminal's size. Input waits on the host until
+//! the guest has buffers for it, also across resets of the device.
+
+use super::worker::Worker;
+use super::{Activation, Broken, Interrupt, Signal, VirtQueue, VirtioDevice};
+use posada_memory::GuestRam;
+use std::collections::VecDeque;
+use std::io::Write;
+use std::sync::{Arc, Mutex};
+
+/// VIRTIO_CONSOLE_F_SIZE.
+const SIZE: u64 = 1;
+const RX: usize = 0;
+const TX: usize = 1;
+/// Bytes copied at a time.
+const CHUNK: u64 = 4096;
+
+struct Active {
+    worker: Worker,
+    interrupt: Arc<Interrupt>,
+}
+
+/// The device.
+pub struct Console {
+    input: Arc<Mutex<VecDeque<u8>>>,
+    output: Arc<Mutex<Box<dyn Write + Send>>>,
+    /// Columns and rows.
+    size: Mutex<Option<(u16, u16)>>,
+    active: Mutex<Option<Active>>,
+}
+
+impl Console {
+    /// A console that prints to `output`; with a `size` (columns, rows) the guest is told of it and of its changes.
+    pub fn new(output: Box<dyn Write + Send>, size: Option<(u16, u16)>) -> Arc<Self> {
+        Arc::new(Self {
+            input: Arc::default(),
+            output: Arc::new(Mutex::new(output)),
+            size: Mutex::new(size),
+            active: Mutex::new(None),
+        })
+    }
+
+    /// Input for the guest, of any length.
+    pub fn input(&self, bytes: &[u8]) {
+        self.input.lock().unwrap().extend(bytes);
+        self.kick();
+    }
+
+    /// Bytes of input the guest has not taken yet.
+    pub fn input_waiting(&self) -> usize {
+        self.input.lock().unwrap().len()
+    }
+
+    /// The terminal has a new size. Without effect on a console made without one.
+    pub fn resize(&self, columns: u16, rows: u16) {
+        if let Some(size) = &mut *self.size.lock().unwrap() {
+            *size = (columns, rows);
+        } else {
+            return;
+        }
+        if let Some(active) = &*self.active.lock().unwrap() {
+            active.interrupt.config_changed();
+        }
+    }
+
+    fn kick(&self) {
+        if let Some(active) = &*self.active.lock().unwrap() {
+            active.worker.kick();
+        }
+    }
+}
+
+/// Gives waiting input to the guest while it has buffers.
+fn receive(queue: &mut VirtQueue, ram: &GuestRam, input: &Mutex<VecDeque<u8>>, signal: &Signal) -> Result<(), Broken> {
+    loop {
+        while !input.lock().unwrap().is_empty() && !signal.stopping() {
+            let Some(mut chain) = queue.pop()? else { break };
+            let mut written = 0;
+            loop {
+                let room = chain.writable.length().min(CHUNK) as usize;
+                let bytes: Vec<u8> = input.lock().unwrap().iter().take(room).copied().collect();
+                if bytes.is_empty() {
+                    break;
+                }
+                let copied = chain.writable.write(ram, &bytes);
+                input.lock().unwrap().drain(..copied);
+                written += copied as u32;
+            }
+            queue.push(chain.head, written)?;
+        }
+        let more = queue.enable_notification()?;
+        if !more || signal.stopping() || input.lock().unwrap().is_empty() {
+            return Ok(());
+        }
+    }
+}
+
+/// Prints what the guest sends. A writer that fails loses output; the guest goes on.
+fn transmit(queue: &mut VirtQueue, output: &Mutex<Box<dyn Write + Send>>, signal: &Signal) -> Result<(), Broken> {
+    queue.drain(signal, |ram, mut chain| {
+        let mut output = output.lock().unwrap();
+        let mut bytes = vec![0; chain.readable.length().min(CHUNK) as usize];
+        while chain.readable.length() > 0 && !signal.stopping() {
+            let part = chain.readable.length().min(CHUNK) as usize;
+            if !chain.readable.read(ram, &mut bytes[..part]) || output.write_all(&bytes[..part]).is_err() {
+                break;
+            }
+        }
+        let _ = output.flush();
+        Ok(0)
+    })
+}
+
+impl VirtioDevice for Console {
+    fn id(&self) -> u16 {
+        3
+    }
+
+    fn features(&self) -> u64 {
+        if self.size.lock().unwrap().is_some() { SIZE } else { 0 }
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[64, 64]
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let (columns, rows) = self.size.lock().unwrap().unwrap_or_default();
+        let mut config = [0; 12];
+        config[..2].copy_from_slice(&columns.to_le_bytes());
+        config[2..4].copy_from_slice(&rows.to_le_bytes());
+        // max_nr_ports
+        config[4] = 1;
+        super::read_config(&config, offset, data);
+    }
+
+    fn activate(&self, activation: Activation) {
+        let interrupt = Arc::clone(&activation.interrupt);
+        let ram = Arc::clone(&activation.ram);
+        let (input, output) = (Arc::clone(&self.input), Arc::clone(&self.output));
+        let worker = Worker::spawn("virtio-console", activation, move |queues, signal| {
+            receive(&mut queues[RX], &ram, &input, signal)?;
+            transmit(&mut queues[TX], &output, signal)
+        });
+        *self.active.lock().unwrap() = Some(Active { worker, interrupt });
+    }
+
+    fn notify(&self, _queue: u16) {
+        self.kick();
+    }
+
+    fn reset(&self) {
+        let active = self.active.lock().unwrap().take();
+        drop(active);
+    }
+}

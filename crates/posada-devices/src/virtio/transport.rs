@@ -1,0 +1,423 @@
+//! virtio over PCI (virtio 1.2 section 4.1), modern only, interrupts by MSI-X only. One 32-bit BAR holds everything:
+//!
+//! | offset | what |
+//! |---|---|
+//! | 0x0000 | common configuration |
+//! | 0x1000 | interrupt status |
+//! | 0x2000 | device configuration |
+//! | 0x3000 | notifications, 4 bytes a queue |
+//! | 0x4000 | MSI-X table |
+//! | 0x5000 | MSI-X pending bits |
+
+use super::{Activation, VirtQueue, VirtioDevice};
+use crate::bus::{get_le, put_le};
+use crate::msix::{self, Msix};
+use crate::pci::{ConfigSpace, Identity, PciFunction};
+use posada_engine::MsiSink;
+use posada_memory::GuestRam;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::sync::{Arc, Mutex};
+use virtio_queue::{Queue, QueueT};
+
+const BAR: usize = 0;
+const BAR_SIZE: u64 = 0x8000;
+const COMMON: u64 = 0x0000;
+const ISR: u64 = 0x1000;
+const DEVICE: u64 = 0x2000;
+const NOTIFY: u64 = 0x3000;
+const TABLE: u64 = 0x4000;
+const PENDING: u64 = 0x5000;
+const REGION: u64 = 0x1000;
+const NOTIFY_MULTIPLIER: u32 = 4;
+
+const VENDOR: u16 = 0x1af4;
+const DEVICE_BASE: u16 = 0x1040;
+const VENDOR_CAPABILITY: u8 = 9;
+const NO_VECTOR: u16 = 0xffff;
+
+/// VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1.
+const TRANSPORT_FEATURES: u64 = 1 << 28 | EVENT_IDX | VERSION_1;
+const EVENT_IDX: u64 = 1 << 29;
+const VERSION_1: u64 = 1 << 32;
+
+const DRIVER_OK: u8 = 4;
+const FEATURES_OK: u8 = 8;
+const NEEDS_RESET: u8 = 64;
+
+const ISR_QUEUE: u8 = 1;
+const ISR_CONFIG: u8 = 2;
+
+/// A device's way to its driver: queue and configuration interrupts.
+pub struct Interrupt {
+    msix: Msix,
+    config_vector: AtomicU16,
+    queue_vectors: Vec<AtomicU16>,
+    isr: AtomicU8,
+    generation: AtomicU8,
+    broken: AtomicBool,
+}
+
+impl Interrupt {
+    fn new(sink: Arc<dyn MsiSink>, queues: usize) -> Self {
+        Self {
+            msix: Msix::new(sink, queues as u16 + 1),
+            config_vector: AtomicU16::new(NO_VECTOR),
+            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
+            isr: AtomicU8::new(0),
+            generation: AtomicU8::new(0),
+            broken: AtomicBool::new(false),
+        }
+    }
+
+    /// Buffers of `queue` were used.
+    pub fn queue(&self, queue: u16) {
+        self.isr.fetch_or(ISR_QUEUE, Ordering::Relaxed);
+        if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
+            self.msix.signal(vector.load(Ordering::Relaxed));
+        }
+    }
+
+    /// The device configuration has changed.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::Release);
+        self.config_interrupt();
+    }
+
+    /// The device cannot go on until the driver resets it.
+    pub fn needs_reset(&self) {
+        self.broken.store(true, Ordering::Release);
+        self.config_interrupt();
+    }
+
+    fn config_interrupt(&self) {
+        self.isr.fetch_or(ISR_CONFIG, Ordering::Relaxed);
+        self.msix.signal(self.config_vector.load(Ordering::Relaxed));
+    }
+
+    fn reset(&self) {
+        for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
+            vector.store(NO_VECTOR, Ordering::Relaxed);
+        }
+        self.isr.store(0, Ordering::Relaxed);
+        self.broken.store(false, Ordering::Release);
+    }
+
+    /// What a driver asks for, or no vector if there is none such.
+    fn set_vector(&self, at: &AtomicU16, vector: u16) {
+        let valid = vector < self.msix.vectors();
+        at.store(if valid { vector } else { NO_VECTOR }, Ordering::Relaxed);
+    }
+}
+
+/// What the driver says about a queue.
+#[derive(Clone, Copy)]
+struct QueueSetup {
+    size: u16,
+    enabled: bool,
+    /// Descriptor table, available ring, used ring.
+    rings: [u64; 3],
+}
+
+struct Common {
+    status: u8,
+    device_select: u32,
+    driver_select: u32,
+    driver_features: u64,
+    queue_select: u16,
+    queues: Vec<QueueSetup>,
+}
+
+/// A virtio device as a PCI function.
+pub struct VirtioPci {
+    device: Arc<dyn VirtioDevice>,
+    ram: Arc<GuestRam>,
+    interrupt: Arc<Interrupt>,
+    config: Mutex<ConfigSpace>,
+    msix_capability: u16,
+    /// The capability by which BARs are accessed through configuration space (virtio 1.2 section 4.1.4.9).
+    window: u16,
+    // Held over activation and reset, so that those come one at a time. Devices and their threads never take it.
+    common: Mutex<Common>,
+}
+
+/// Base class, sub-class, interface for a virtio device id.
+fn class(id: u16) -> u32 {
+    match id {
+        2 => 0x01_80_00,
+        3 => 0x07_80_00,
+        _ => 0xff_00_00,
+    }
+}
+
+impl VirtioPci {
+    /// Wraps `device`; its interrupts go to `sink`.
+    pub fn new(device: Arc<dyn VirtioDevice>, ram: Arc<GuestRam>, sink: Arc<dyn MsiSink>) -> Arc<Self> {
+        let queues = device.queue_sizes().len();
+        let interrupt = Arc::new(Interrupt::new(sink, queues));
+        let id = DEVICE_BASE + device.id();
+        let mut config = ConfigSpace::new(Identity {
+            vendor: VENDOR,
+            device: id,
+            class: class(device.id()),
+            revision: 1,
+            subsystem: (VENDOR, id),
+        });
+        config.add_bar(BAR, BAR_SIZE, false);
+        let (body, writable) = interrupt.msix.capability(BAR as u8, TABLE as u32, PENDING as u32);
+        let msix_capability = config.add_capability(msix::CAPABILITY, &body, &writable).into();
+        let mut add = |kind: u8, offset: u64, length: u64, more: &[u8]| {
+            // cap_len, cfg_type, bar, id, padding, offset, length
+            let mut body = vec![16 + more.len() as u8, kind, BAR as u8, 0, 0, 0];
+            body.extend_from_slice(&(offset as u32).to_le_bytes());
+            body.extend_from_slice(&(length as u32).to_le_bytes());
+            body.extend_from_slice(more);
+            let mut writable = vec![0; body.len()];
+            if kind == 5 {
+                // bar, offset, length and data are the driver's.
+                writable[2] = 0xff;
+                writable[6..].fill(0xff);
+            }
+            config.add_capability(VENDOR_CAPABILITY, &body, &writable)
+        };
+        add(1, COMMON, 64, &[]);
+        add(2, NOTIFY, REGION, &NOTIFY_MULTIPLIER.to_le_bytes());
+        add(3, ISR, 4, &[]);
+        add(4, DEVICE, REGION, &[]);
+        let window = add(5, 0, 0, &[0; 4]).into();
+        let common = Common::new(&*device);
+        Arc::new(Self {
+            device,
+            ram,
+            interrupt,
+            config: Mutex::new(config),
+            msix_capability,
+            window,
+            common: Mutex::new(common),
+        })
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | TRANSPORT_FEATURES
+    }
+
+    fn common_read(&self, offset: u64, data: &mut [u8]) {
+        let common = self.common.lock().unwrap();
+        let mut image = [0; 64];
+        let half = |value: u64, select: u32| match select {
+            0 => value as u32,
+            1 => (value >> 32) as u32,
+            _ => 0,
+        };
+        let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
+        let load = |vector: &AtomicU16| vector.load(Ordering::Relaxed).to_le_bytes();
+        put(0, &common.device_select.to_le_bytes());
+        put(4, &half(self.features(), common.device_select).to_le_bytes());
+        put(8, &common.driver_select.to_le_bytes());
+        put(12, &half(common.driver_features, common.driver_select).to_le_bytes());
+        put(16, &load(&self.interrupt.config_vector));
+        put(18, &(common.queues.len() as u16).to_le_bytes());
+        let broken = self.interrupt.broken.load(Ordering::Acquire);
+        put(20, &[common.status | if broken { NEEDS_RESET } else { 0 }]);
+        put(21, &[self.interrupt.generation.load(Ordering::Acquire)]);
+        put(22, &common.queue_select.to_le_bytes());
+        let select = usize::from(common.queue_select);
+        if let Some(queue) = common.queues.get(select) {
+            put(24, &queue.size.to_le_bytes());
+            put(26, &load(&self.interrupt.queue_vectors[select]));
+            put(28, &u16::from(queue.enabled).to_le_bytes());
+            put(30, &common.queue_select.to_le_bytes());
+            for (at, ring) in queue.rings.iter().enumerate() {
+                put(32 + 8 * at, &ring.to_le_bytes());
+            }
+        }
+        super::read_config(&image, offset, data);
+    }
+
+    /// Stores of a field's own width, or of a ring address as a whole or by halves; others are ignored.
+    fn common_write(&self, offset: u64, data: &[u8]) {
+        if data.len() == 8 {
+            self.common_write(offset, &data[..4]);
+            return self.common_write(offset + 4, &data[4..]);
+        }
+        let value = get_le(data) as u32;
+        let mut common = self.common.lock().unwrap();
+        let select = usize::from(common.queue_select);
+        // Once the device runs, its queues and features are settled.
+        let settled = common.status & DRIVER_OK != 0;
+        match (offset, data.len()) {
+            (0, 4) => common.device_select = value,
+            (8, 4) => common.driver_select = value,
+            (12, 4) if common.status & FEATURES_OK == 0 => {
+                let (low, value) = (common.driver_features as u32, u64::from(value));
+                match common.driver_select {
+                    0 => common.driver_features = common.driver_features >> 32 << 32 | value,
+                    1 => common.driver_features = value << 32 | u64::from(low),
+                    _ => {}
+                }
+            }
+            (16, 2) => self.interrupt.set_vector(&self.interrupt.config_vector, value as u16),
+            (20, 1) => self.set_status(&mut common, value as u8),
+            (22, 2) => common.queue_select = value as u16,
+            (26, 2) => {
+                if let Some(vector) = self.interrupt.queue_vectors.get(select) {
+                    self.interrupt.set_vector(vector, value as u16);
+                }
+            }
+            (24 | 28, 2) | (32..=52, 4) if !settled => {
+                let largest = self.device.queue_sizes().get(select).copied().unwrap_or(0);
+                let Some(queue) = common.queues.get_mut(select).filter(|queue| !queue.enabled) else {
+                    return;
+                };
+                match offset {
+                    24 if value.is_power_of_two() && value <= largest.into() => queue.size = value as u16,
+                    28 => queue.enabled = value == 1,
+                    32..=52 if offset.is_multiple_of(4) => {
+                        let ring = &mut queue.rings[(offset as usize - 32) / 8];
+                        let shift = offset % 8 * 8;
+                        *ring = *ring & !(0xffff_ffff << shift) | u64::from(value) << shift;
+                    }
+                    _ => {}
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn set_status(&self, common: &mut Common, status: u8) {
+        if status == 0 {
+            self.device.reset();
+            self.interrupt.reset();
+            *common = Common::new(&*self.device);
+            return;
+        }
+        // Bits are only ever added; FEATURES_OK stays clear if we cannot do what the driver wants.
+        let mut added = status & !common.status & !NEEDS_RESET;
+        let wanted = common.driver_features;
+        if added & FEATURES_OK != 0 && (wanted & VERSION_1 == 0 || wanted & !self.features() != 0) {
+            added &= !FEATURES_OK;
+        }
+        if (common.status | added) & FEATURES_OK == 0 {
+            added &= !DRIVER_OK;
+        }
+        common.status |= added;
+        if added & DRIVER_OK != 0 {
+            self.activate(common);
+        }
+    }
+
+    fn activate(&self, common: &Common) {
+        let mut queues = Vec::new();
+        for (index, (setup, largest)) in common.queues.iter().zip(self.device.queue_sizes()).enumerate() {
+            let mut queue = Queue::new(*largest).expect("queue sizes are powers of two");
+            if setup.enabled {
+                let halves = |address: u64| (Some(address as u32), Some((address >> 32) as u32));
+                let [descriptors, available, used] = setup.rings.map(halves);
+                queue.set_size(setup.size);
+                queue.set_desc_table_address(descriptors.0, descriptors.1);
+                queue.set_avail_ring_address(available.0, available.1);
+                queue.set_used_ring_address(used.0, used.1);
+                queue.set_event_idx(common.driver_features & EVENT_IDX != 0);
+                queue.set_ready(true);
+                // A misaligned address is not taken over.
+                let taken = [queue.desc_table(), queue.avail_ring(), queue.used_ring()] == setup.rings;
+                if !taken || !queue.is_valid(self.ram.memory()) {
+                    tracing::warn!(queue = index, "a guest's driver put a virtqueue outside RAM");
+                    return self.interrupt.needs_reset();
+                }
+            }
+            let interrupt = Arc::clone(&self.interrupt);
+            queues.push(VirtQueue::new(queue, Arc::clone(&self.ram), interrupt, index as u16));
+        }
+        self.device.activate(Activation {
+            ram: Arc::clone(&self.ram),
+            queues,
+            interrupt: Arc::clone(&self.interrupt),
+            features: common.driver_features,
+        });
+    }
+
+    /// The BAR access that the driver has set up in the window capability: offset and width.
+    fn window_target(&self) -> Option<(u64, usize)> {
+        let mut capability = [0; 16];
+        self.config.lock().unwrap().read(self.window, &mut capability);
+        let (offset, length) = (get_le(&capability[8..12]), get_le(&capability[12..16]));
+        let inside = offset.is_multiple_of(length.max(1)) && offset + length <= BAR_SIZE;
+        (usize::from(capability[4]) == BAR && matches!(length, 1 | 2 | 4) && inside)
+            .then_some((offset, length as usize))
+    }
+}
+
+impl Common {
+    fn new(device: &dyn VirtioDevice) -> Self {
+        let queue = |size: &u16| QueueSetup {
+            size: *size,
+            enabled: false,
+            rings: [0; 3],
+        };
+        Self {
+            status: 0,
+            device_select: 0,
+            driver_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues: device.queue_sizes().iter().map(queue).collect(),
+        }
+    }
+}
+
+impl PciFunction for VirtioPci {
+    fn config(&self) -> &Mutex<ConfigSpace> {
+        &self.config
+    }
+
+    fn config_read(&self, offset: u16, data: &mut [u8]) {
+        let window = self.window + 16;
+        if (window..window + 4).contains(&offset)
+            && let Some((at, length)) = self.window_target()
+        {
+            let mut bytes = [0; 4];
+            self.bar_read(BAR, at, &mut bytes[..length]);
+            self.config.lock().unwrap().write(window, &bytes);
+        }
+        self.config.lock().unwrap().read(offset, data);
+    }
+
+    fn config_write(&self, offset: u16, data: &[u8]) {
+        self.config.lock().unwrap().write(offset, data);
+        let control = self.msix_capability + 2;
+        if offset < control + 2 && offset + data.len() as u16 > control {
+            let control = self.config.lock().unwrap().word(control);
+            self.interrupt.msix.set_control(control);
+        }
+        let window = self.window + 16;
+        if (window..window + 4).contains(&offset)
+            && let Some((at, length)) = self.window_target()
+        {
+            let mut bytes = [0; 4];
+            self.config.lock().unwrap().read(window, &mut bytes);
+            self.bar_write(BAR, at, &bytes[..length]);
+        }
+    }
+
+    fn bar_read(&self, _bar: usize, offset: u64, data: &mut [u8]) {
+        let within = offset % REGION;
+        match offset - within {
+            COMMON => self.common_read(within, data),
+            ISR if within == 0 => put_le(self.interrupt.isr.swap(0, Ordering::Relaxed).into(), data),
+            DEVICE => self.device.read_config(within, data),
+            TABLE => self.interrupt.msix.table_read(within, data),
+            PENDING => self.interrupt.msix.pending_read(within, data),
+            _ => data.fill(0),
+        }
+    }
+
+    fn bar_write(&self, _bar: usize, offset: u64, data: &[u8]) {
+        let within = offset % REGION;
+        match offset - within {
+            COMMON => self.common_write(within, data),
+            NOTIFY => self.device.notify((within / u64::from(NOTIFY_MULTIPLIER)) as u16),
+            TABLE => self.interrupt.msix.table_write(within, data),
+            _ => {}
+        }
+    }
+}
