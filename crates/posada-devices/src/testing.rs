@@ -21,6 +21,11 @@ impl Sink {
         std::mem::take(&mut self.seen.lock().unwrap())
     }
 
+    /// True if nothing came since the last `take`.
+    pub fn is_empty(&self) -> bool {
+        self.seen.lock().unwrap().is_empty()
+    }
+
     /// Waits until `condition` holds; looks again at each interrupt.
     pub fn wait(&self, mut condition: impl FnMut() -> bool) {
         let mut seen = self.seen.lock().unwrap();

@@ -293,3 +293,244 @@ impl VirtioDevice for Blk {
         drop(worker);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::driver::{DATA, Driver, NEXT, RAM, SIZE, WRITE};
+    use super::*;
+    use crate::testing::Random;
+    use std::os::unix::fs::MetadataExt;
+    use std::path::PathBuf;
+
+    const HEADER: u64 = DATA;
+    const STATUS: u64 = DATA + 0x100;
+    const BUFFER: u64 = DATA + 0x1000;
+
+    struct File(PathBuf);
+
+    impl File {
+        fn new(name: &str, bytes: &[u8]) -> Self {
+            let path = std::env::temp_dir().join(format!("posada-blk-{name}-{}", std::process::id()));
+            std::fs::write(&path, bytes).unwrap();
+            Self(path)
+        }
+    }
+
+    impl Drop for File {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_file(&self.0);
+        }
+    }
+
+    fn driver(file: &File, read_only: bool) -> (Driver, Arc<Blk>) {
+        let blk = Blk::new(open_disk(&file.0, read_only).unwrap(), "serial");
+        let features = blk.features();
+        (Driver::new(blk.clone(), features), blk)
+    }
+
+    fn header(driver: &Driver, kind: u32, sector: u64) {
+        driver.put(HEADER, &kind.to_le_bytes());
+        driver.put(HEADER + 8, &sector.to_le_bytes());
+        driver.put(STATUS, &[0xee]);
+    }
+
+    fn submit(driver: &mut Driver, kind: u32, sector: u64, data: &[(u64, u32, bool)]) -> (u8, u32) {
+        header(driver, kind, sector);
+        let mut chain = vec![(HEADER, 16, false)];
+        chain.extend_from_slice(data);
+        chain.push((STATUS, 1, true));
+        let written = driver.request(0, &chain);
+        (driver.get(STATUS, 1)[0], written)
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_and_is_in_the_file() {
+        let file = File::new("rw", &[0x11; 8192]);
+        let (mut driver, blk) = driver(&file, false);
+        driver.put(BUFFER, &[0x22; 1024]);
+        let parts = [(BUFFER, 100, false), (BUFFER + 100, 924, false)];
+        assert_eq!(submit(&mut driver, request::OUT, 3, &parts), (0, 1));
+        assert_eq!(submit(&mut driver, request::FLUSH, 0, &[]), (0, 1));
+        let content = std::fs::read(&file.0).unwrap();
+        assert_eq!(content[1535..1537], [0x11, 0x22]);
+        assert_eq!(content[2559..2561], [0x22, 0x11]);
+        let code = driver.ram.code().clone();
+        let page = code.page(BUFFER + 0x2000);
+        page.mark(0, 64);
+        let before = page.version();
+        let parts = [(BUFFER + 0x2000, 1000, true), (BUFFER + 0x3000, 536, true)];
+        assert_eq!(submit(&mut driver, request::IN, 2, &parts), (0, 1537));
+        assert_ne!(page.version(), before, "the code map was told");
+        assert_eq!(driver.get(BUFFER + 0x2000, 1000), content[1024..2024]);
+        assert_eq!(driver.get(BUFFER + 0x3000, 536), content[2024..2560]);
+        assert_eq!(submit(&mut driver, request::GET_ID, 0, &[(BUFFER, 20, true)]), (0, 21));
+        assert_eq!(driver.get(BUFFER, 8), b"serial\0\0");
+        let expected = BlkCounters {
+            requests: 4,
+            read: 1536,
+            written: 1024,
+            discarded: 0,
+            flushes: 1,
+        };
+        assert_eq!(blk.counters(), expected);
+        assert!(driver.sink.take().iter().any(|msi| msi.data == 0x31));
+    }
+
+    #[test]
+    fn the_last_sector_reads_zeroes_behind_the_file() {
+        let file = File::new("tail", &[0x33; 600]);
+        let (mut driver, _) = driver(&file, true);
+        assert_eq!(driver.read::<8>(0x2000), 2_u64.to_le_bytes(), "capacity");
+        driver.put(BUFFER, &[0x44; 1024]);
+        assert_eq!(submit(&mut driver, request::IN, 0, &[(BUFFER, 1024, true)]), (0, 1025));
+        assert_eq!(driver.get(BUFFER, 600), [0x33; 600]);
+        assert_eq!(driver.get(BUFFER + 600, 424), [0; 424]);
+    }
+
+    #[test]
+    fn bad_requests_are_answered_with_errors() {
+        let file = File::new("bad", &[0; 8192]);
+        let (mut driver, _) = driver(&file, false);
+        let whole = [(BUFFER, 512, true)];
+        for sector in [16, u64::MAX, 1 << 55] {
+            assert_eq!(submit(&mut driver, request::IN, sector, &whole), (1, 1));
+        }
+        assert_eq!(submit(&mut driver, request::IN, 15, &[(BUFFER, 1024, true)]), (1, 1));
+        assert_eq!(submit(&mut driver, request::IN, 0, &[(BUFFER, 100, true)]), (1, 1));
+        assert_eq!(submit(&mut driver, 77, 0, &[]), (2, 1));
+        let short = driver.request(0, &[(HEADER, 15, false), (STATUS, 1, true)]);
+        assert_eq!((driver.get(STATUS, 1)[0], short), (1, 1));
+        driver.put(BUFFER, &[0; 15]);
+        assert_eq!(submit(&mut driver, request::DISCARD, 0, &[(BUFFER, 15, false)]), (1, 1));
+        assert_eq!(driver.status() & 64, 0);
+    }
+
+    #[test]
+    fn a_read_only_disk_refuses_writes() {
+        let file = File::new("ro", &[0x55; 4096]);
+        let (mut driver, blk) = driver(&file, true);
+        assert_eq!(blk.features() & (RO | DISCARD | WRITE_ZEROES), RO);
+        for kind in [request::OUT, request::DISCARD, request::WRITE_ZEROES] {
+            driver.put(BUFFER, &[0; 512]);
+            assert_eq!(submit(&mut driver, kind, 0, &[(BUFFER, 512, false)]), (1, 1));
+        }
+        assert_eq!(std::fs::read(&file.0).unwrap(), [0x55; 4096]);
+    }
+
+    fn range(sector: u64, sectors: u32, flags: u32) -> [u8; 16] {
+        let mut range = [0; 16];
+        range[..8].copy_from_slice(&sector.to_le_bytes());
+        range[8..12].copy_from_slice(&sectors.to_le_bytes());
+        range[12..].copy_from_slice(&flags.to_le_bytes());
+        range
+    }
+
+    #[test]
+    fn discard_and_write_zeroes_give_space_back() {
+        let file = File::new("discard", &[0x66; 1 << 20]);
+        let (mut driver, blk) = driver(&file, false);
+        std::fs::File::open(&file.0).unwrap().sync_all().unwrap();
+        let blocks = || std::fs::metadata(&file.0).unwrap().blocks();
+        let before = blocks();
+        for (kind, flags, sector) in [(request::DISCARD, 0, 0), (request::WRITE_ZEROES, UNMAP, 1024)] {
+            driver.put(BUFFER, &range(sector, 512, flags));
+            driver.put(BUFFER + 16, &range(sector + 512, 256, flags));
+            assert_eq!(submit(&mut driver, kind, 0, &[(BUFFER, 32, false)]), (0, 1));
+        }
+        assert!(blocks() <= before - 1500, "{before} {}", blocks());
+        driver.put(BUFFER, &range(800, 16, 0));
+        assert_eq!(
+            submit(&mut driver, request::WRITE_ZEROES, 0, &[(BUFFER, 16, false)]),
+            (0, 1)
+        );
+        let content = std::fs::read(&file.0).unwrap();
+        assert_eq!(content.len(), 1 << 20);
+        for (sector, byte) in [
+            (0, 0),
+            (767, 0),
+            (768, 0x66),
+            (799, 0x66),
+            (800, 0),
+            (816, 0x66),
+            (1024, 0),
+            (1792, 0x66),
+        ] {
+            assert_eq!(content[sector * 512], byte, "sector {sector}");
+        }
+        assert_eq!(blk.counters().discarded, (768 * 2 + 16) * 512);
+        driver.put(BUFFER, &range(0, 1, 1));
+        assert_eq!(submit(&mut driver, request::DISCARD, 0, &[(BUFFER, 16, false)]), (2, 1));
+        driver.put(BUFFER, &range(2047, 2, 0));
+        assert_eq!(submit(&mut driver, request::DISCARD, 0, &[(BUFFER, 16, false)]), (1, 1));
+    }
+
+    #[test]
+    fn a_malformed_chain_asks_for_a_reset_after_which_the_device_works() {
+        let file = File::new("reset", &[0; 4096]);
+        let loops: [&dyn Fn(&Driver); 5] = [
+            // A loop, a buffer outside RAM, a successor outside the table, no status, a write before a read.
+            &|driver| driver.descriptor(0, 0, HEADER, 16, NEXT, 0),
+            &|driver| driver.descriptor(0, 0, RAM - 8, 16, WRITE, 0),
+            &|driver| driver.descriptor(0, 0, HEADER, 16, NEXT, 500),
+            &|driver| driver.descriptor(0, 0, HEADER, 16, 0, 0),
+            &|driver| {
+                driver.descriptor(0, 0, HEADER, 16, NEXT | WRITE, 1);
+                driver.descriptor(0, 1, HEADER, 16, 0, 0);
+            },
+        ];
+        let (mut driver, blk) = driver(&file, false);
+        for malform in loops {
+            malform(&driver);
+            driver.offer(0, 0);
+            driver.sink.wait(|| driver.status() & 64 != 0);
+            assert!(
+                driver.sink.take().iter().any(|msi| msi.data == 0x30),
+                "a configuration interrupt"
+            );
+            driver.start(blk.features());
+            assert_eq!(submit(&mut driver, request::IN, 0, &[(BUFFER, 512, true)]), (0, 513));
+        }
+        driver.available[0] += SIZE + 5;
+        driver.offer(0, 0);
+        driver.sink.wait(|| driver.status() & 64 != 0);
+    }
+
+    #[test]
+    fn random_descriptors_neither_panic_nor_hang() {
+        let file = File::new("random", &[0; 1 << 16]);
+        for seed in 0..60 {
+            let mut random = Random::new(seed);
+            let (mut driver, blk) = driver(&file, false);
+            for _ in 0..20 {
+                for index in 0..SIZE {
+                    let wild = random.below(8) == 0;
+                    let gpa = if wild {
+                        random.next()
+                    } else {
+                        DATA + random.below(RAM - DATA)
+                    };
+                    let length = if wild {
+                        random.next() as u32
+                    } else {
+                        random.below(2048) as u32
+                    };
+                    let flags = random.below(8) as u16 & if random.below(4) == 0 { 7 } else { 3 };
+                    let next = random.below(u64::from(SIZE) + 2) as u16;
+                    driver.descriptor(0, index, gpa, length, flags, next);
+                    let kind = random.below(16) as u32;
+                    driver.put(DATA + random.below(0x8000), &kind.to_le_bytes());
+                }
+                for _ in 0..random.below(4) {
+                    driver.offer(0, random.below(u64::from(SIZE) + 1) as u16);
+                }
+                if driver.status() & 64 != 0 || random.below(6) == 0 {
+                    driver.start(blk.features());
+                }
+            }
+            // Whatever came before, after a reset it works.
+            driver.start(blk.features());
+            assert_eq!(submit(&mut driver, request::IN, 0, &[(BUFFER, 512, true)]).0, 0);
+        }
+        assert_eq!(std::fs::metadata(&file.0).unwrap().len(), 1 << 16);
+    }
+}

@@ -154,3 +154,64 @@ impl VirtioDevice for Console {
         drop(active);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::driver::{DATA, Driver};
+    use super::*;
+    use std::io;
+
+    #[derive(Clone, Default)]
+    struct Shared(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Shared {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn output_is_printed_in_order() {
+        let out = Shared::default();
+        let mut driver = Driver::new(Console::new(Box::new(out.clone()), None), 0);
+        driver.put(DATA, b"hello, world");
+        driver.request(TX, &[(DATA, 7, false), (DATA + 7, 5, false)]);
+        driver.request(TX, &[(DATA, 5, false)]);
+        assert_eq!(*out.0.lock().unwrap(), b"hello, worldhello");
+    }
+
+    #[test]
+    fn input_waits_for_buffers_and_survives_a_reset() {
+        let console = Console::new(Box::new(io::sink()), None);
+        console.input(b"early ");
+        let mut driver = Driver::new(console.clone(), 0);
+        console.input(b"bird and more");
+        assert_eq!(driver.request(RX, &[(DATA, 4, true), (DATA + 4, 4, true)]), 8);
+        assert_eq!(driver.get(DATA, 8), b"early bi");
+        driver.start(0);
+        assert_eq!(driver.request(RX, &[(DATA, 6, true)]), 6);
+        assert_eq!(driver.get(DATA, 6), b"rd and");
+        assert_eq!(driver.request(RX, &[(DATA, 600, true)]), 5);
+        driver.make(RX, &[(DATA, 600, true)]);
+        assert_eq!(console.input_waiting(), 0);
+        console.input(b"!");
+        assert_eq!(driver.wait(RX), 1);
+    }
+
+    #[test]
+    fn a_new_size_is_announced() {
+        let console = Console::new(Box::new(io::sink()), Some((80, 25)));
+        let driver = Driver::new(console.clone(), SIZE);
+        assert_eq!(driver.read::<4>(0x2000), [80, 0, 25, 0]);
+        let generation = driver.read::<1>(21);
+        console.resize(132, 50);
+        assert_eq!(driver.read::<4>(0x2000), [132, 0, 50, 0]);
+        assert_ne!(driver.read::<1>(21), generation);
+        assert_eq!(driver.sink.take().last().unwrap().data, 0x30);
+    }
+}

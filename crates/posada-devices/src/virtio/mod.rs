@@ -3,6 +3,8 @@
 pub mod blk;
 pub mod console;
 mod disk;
+#[cfg(test)]
+mod driver;
 mod queue;
 pub mod rng;
 mod transport;

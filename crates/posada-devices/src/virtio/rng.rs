@@ -74,3 +74,19 @@ impl VirtioDevice for Rng {
         drop(worker);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::driver::{DATA, Driver};
+    use super::*;
+    use std::sync::Arc;
+
+    #[test]
+    fn buffers_come_back_full_of_random_bytes() {
+        let mut driver = Driver::new(Arc::new(Rng::new().unwrap()), 0);
+        assert_eq!(driver.request(0, &[(DATA, 64, true), (DATA + 0x100, 64, true)]), 128);
+        assert_ne!(driver.get(DATA, 64), driver.get(DATA + 0x100, 64));
+        assert_eq!(driver.request(0, &[(DATA, 0x1_0000, true)]), MOST as u32);
+        assert_eq!(driver.request(0, &[(DATA, 64, false)]), 0);
+    }
+}

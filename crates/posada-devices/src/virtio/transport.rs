@@ -421,3 +421,100 @@ impl PciFunction for VirtioPci {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::console::Console;
+    use super::super::driver::Driver;
+    use super::super::rng::Rng;
+    use super::*;
+    use crate::testing::Random;
+
+    fn driver() -> Driver {
+        Driver::new(Arc::new(Rng::new().unwrap()), EVENT_IDX)
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_refused() {
+        let driver = driver();
+        driver.negotiate(1 << 3);
+        assert_eq!(driver.status(), 3, "no FEATURES_OK");
+        driver.set_status(15);
+        assert_eq!(driver.status(), 3, "and no DRIVER_OK");
+        driver.negotiate(0);
+        assert_eq!(driver.status(), 11);
+        driver.set_status(0);
+        assert_eq!(driver.status(), 0);
+    }
+
+    #[test]
+    fn queues_outside_ram_or_misaligned_ask_for_a_reset() {
+        let mut driver = driver();
+        for rings in [super::super::driver::RAM, u64::MAX - 0xfff, 0x1_0008] {
+            driver.negotiate(0);
+            driver.enable(0, rings);
+            driver.set_status(15);
+            assert_eq!(driver.status(), 15 | NEEDS_RESET, "{rings:#x}");
+        }
+        driver.start(0);
+        assert_eq!(driver.status(), 15);
+        assert_eq!(driver.request(0, &[(0x4_0000, 8, true)]), 8);
+    }
+
+    #[test]
+    fn the_notification_threshold_of_event_idx_is_obeyed() {
+        let mut driver = driver();
+        // used_event is 0: the first buffer interrupts, the second does not.
+        driver.request(0, &[(0x4_0000, 8, true)]);
+        while driver.sink.is_empty() {
+            std::thread::yield_now();
+        }
+        driver.sink.take();
+        driver.make(0, &[(0x4_0000, 8, true)]);
+        while driver.used(0) != 2 {
+            std::thread::yield_now();
+        }
+        driver.set_status(0);
+        assert_eq!(driver.sink.take(), []);
+    }
+
+    #[test]
+    fn a_bar_can_be_read_through_configuration_space() {
+        let driver = driver();
+        let window = driver.pci.window;
+        driver.pci.config_write(window + 8, &20_u32.to_le_bytes());
+        driver.pci.config_write(window + 12, &1_u32.to_le_bytes());
+        let mut data = [0; 4];
+        driver.pci.config_read(window + 16, &mut data);
+        assert_eq!(data, [15, 0, 0, 0], "the device status");
+        driver.pci.config_write(window + 16, &[0; 4]);
+        assert_eq!(driver.status(), 0);
+        driver.pci.config_write(window + 8, &0xffff_fffc_u32.to_le_bytes());
+        driver.pci.config_write(window + 12, &0xffff_ffff_u32.to_le_bytes());
+        driver.pci.config_read(window + 16, &mut data);
+    }
+
+    #[test]
+    fn random_accesses_never_panic() {
+        let mut random = Random::new(6);
+        let driver = Driver::new(Console::new(Box::new(std::io::sink()), Some((80, 25))), 0);
+        for step in 0..20_000 {
+            let mut data: Vec<u8> = (0..=random.below(64)).map(|_| random.next() as u8).collect();
+            let width = [1, 2, 4, 8, data.len()][random.below(5) as usize].min(data.len());
+            let common = random.below(2) == 0;
+            let at = if common {
+                random.below(64)
+            } else {
+                random.below(BAR_SIZE - 64)
+            };
+            driver.pci.bar_write(BAR, at, &data[..width]);
+            driver.pci.bar_read(BAR, random.below(BAR_SIZE - 64), &mut data);
+            let register = random.below(64) as u16 * 4;
+            driver.pci.config_write(register, &data[..width.min(4)]);
+            driver.pci.config_read(register, &mut data[..width.min(4)]);
+            if step % 500 == 0 {
+                driver.set_status(0);
+            }
+        }
+    }
+}
