@@ -145,7 +145,7 @@ impl ConfigSpace {
         u16::from_le_bytes(data)
     }
 
-    /// A load of any width; zero beyond [`SIZE`].
+    /// A load of any width; zero beyond the configuration space.
     pub fn read(&self, offset: u16, data: &mut [u8]) {
         for (byte, at) in data.iter_mut().zip(usize::from(offset)..) {
             *byte = self.bytes.get(at).copied().unwrap_or(0);
