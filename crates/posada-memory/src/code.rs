@@ -1,8 +1,10 @@
 //! Which 64-byte granules of guest RAM hold code that an engine has decoded or translated, with a version per page that
 //! every write into such a granule raises.
 //!
-//! The protocol (no locks): an engine marks the granules, *then* reads the bytes and the version, and checks the version
-//! before it runs what it decoded. A writer stores, *then* looks at the marks. One of the two always sees the other.
+//! The protocol (no locks): an engine marks the granules, *then* reads the version and the bytes, *then* looks whether the
+//! marks still stand (else it begins anew), and checks the version each time before it runs what it decoded. A writer
+//! stores, *then* looks at the marks; on a hit it clears all marks of the page, *then* raises the version. One of the two
+//! always sees the other, and a page whose code is overwritten is plain data again.
 
 use std::io;
 use std::sync::Arc;
@@ -15,7 +17,6 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 pub struct CodePage {
     granules: AtomicU64,
     version: AtomicU32,
-    announced: AtomicU32,
 }
 
 /// Bits for the granules that `length` bytes at `offset` in a page touch.
@@ -25,9 +26,16 @@ fn granules(offset: u64, length: u64) -> u64 {
 }
 
 impl CodePage {
-    /// Marks `length` bytes at `offset` in the page as code, before they are read.
-    pub fn mark(&self, offset: u64, length: u64) {
-        self.granules.fetch_or(granules(offset, length), Ordering::SeqCst);
+    /// Marks `length` bytes at `offset` in the page as code, before they are read. True if the page held no code before:
+    /// writers that go past [`CodeMap::written`] must then be told.
+    pub fn mark(&self, offset: u64, length: u64) -> bool {
+        self.granules.fetch_or(granules(offset, length), Ordering::SeqCst) == 0
+    }
+
+    /// True if the bytes are still marked.
+    pub fn marked(&self, offset: u64, length: u64) -> bool {
+        let wanted = granules(offset, length);
+        self.granules.load(Ordering::SeqCst) & wanted == wanted
     }
 
     /// True if any code was marked: stores to this page must go through [`CodeMap::written`].
@@ -41,16 +49,17 @@ impl CodePage {
         self.version.load(Ordering::Acquire)
     }
 
-    /// A number of the engine's own: when it told its vCPUs that the page holds code (0: not yet).
-    pub fn announced(&self) -> &AtomicU32 {
-        &self.announced
+    /// Makes all that was decoded from the page invalid: a writer may have gone past [`CodeMap::written`].
+    pub fn invalidate(&self) {
+        self.granules.swap(0, Ordering::SeqCst);
+        self.version.fetch_add(1, Ordering::SeqCst);
     }
 
     /// After a store of `length` bytes at `offset`; true if code was hit.
     fn written(&self, offset: u64, length: u64) -> bool {
         let hit = self.granules.load(Ordering::SeqCst) & granules(offset, length) != 0;
         if hit {
-            self.version.fetch_add(1, Ordering::SeqCst);
+            self.invalidate();
         }
         hit
     }

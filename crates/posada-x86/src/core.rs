@@ -1,12 +1,11 @@
 //! One software CPU: architectural state and the caches that speed it up, owned by its vCPU thread.
 
 use crate::fault::{Exception, Exec, Raised, vector};
-use crate::insn::{ADDRESS16, ADDRESS32, COMPLEX, Insn};
 use crate::lapic::Lapic;
 use crate::mmu::Mmu;
 use crate::native::Native;
 use crate::shared::Shared;
-use posada_engine::{DebugControl, DescriptorTable, Machine, Segment};
+use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment};
 use posada_memory::GuestRam;
 use std::sync::Arc;
 
@@ -121,6 +120,17 @@ pub struct VectorState {
     pub xcr0: u64,
 }
 
+impl Default for VectorState {
+    fn default() -> Self {
+        Self {
+            ymm: [[0; 32]; 16],
+            fx: [0; 512],
+            mxcsr: 0x1f80,
+            xcr0: 1,
+        }
+    }
+}
+
 /// One software CPU.
 #[repr(C)]
 pub struct Core {
@@ -166,6 +176,10 @@ pub struct Core {
     pub lapic: Lapic,
     /// What waits behind an `Err(Raised)`.
     pub raised: Exception,
+    /// Each instruction needs a look before and after: break points, single step, RF. See [`Core::update_mode`].
+    pub careful: bool,
+    /// DR6 bits of data break points that the current instruction hit.
+    pub watch_hits: u64,
     /// Guest instructions executed.
     pub instructions: u64,
     /// The processor shut down (triple fault).
@@ -183,6 +197,94 @@ pub struct Core {
 }
 
 impl Core {
+    /// A processor after RESET.
+    pub fn new(ram: Arc<GuestRam>, machine: Arc<dyn Machine>, shared: Arc<Shared>) -> Self {
+        let mut core = Self {
+            regs: [0; 18],
+            stop_at: 0,
+            arithmetic: 0,
+            interrupt_shadow: false,
+            code_size: CodeSize::Bits16,
+            cpl: 0,
+            fpu_blocked: 0,
+            system_flags: 0,
+            mmu: Mmu::default(),
+            segments: Default::default(),
+            ldtr: Segment::default(),
+            tr: Segment::default(),
+            gdtr: DescriptorTable::default(),
+            idtr: DescriptorTable::default(),
+            cr: [0; 5],
+            dr: [0; 8],
+            msr: Msrs::default(),
+            vector: VectorState::default(),
+            native: Native::default(),
+            lapic: Lapic::default(),
+            raised: Exception::default(),
+            careful: false,
+            watch_hits: 0,
+            instructions: 0,
+            shut_down: false,
+            halted: false,
+            debug: DebugControl::default(),
+            ram,
+            machine,
+            shared,
+        };
+        core.set_state(&CpuState::reset());
+        core
+    }
+
+    /// The architectural state between two instructions.
+    pub fn state(&self) -> CpuState {
+        let mut fxsave = self.vector.fx;
+        fxsave[24..28].copy_from_slice(&self.vector.mxcsr.to_le_bytes());
+        for (register, ymm) in self.vector.ymm.iter().enumerate() {
+            fxsave[160 + register * 16..][..16].copy_from_slice(&ymm[..16]);
+        }
+        let [d0, d1, d2, d3, _, _, d6, d7] = self.dr;
+        CpuState {
+            gprs: std::array::from_fn(|at| self.regs[at]),
+            rip: self.rip(),
+            rflags: self.rflags(),
+            segments: self.segments,
+            ldtr: self.ldtr,
+            tr: self.tr,
+            gdtr: self.gdtr,
+            idtr: self.idtr,
+            cr0: self.cr[0],
+            cr2: self.cr[2],
+            cr3: self.cr[3],
+            cr4: self.cr[4],
+            efer: self.msr.efer,
+            debug: [d0, d1, d2, d3, d6, d7],
+            fxsave,
+        }
+    }
+
+    /// Replaces the architectural state.
+    pub fn set_state(&mut self, state: &CpuState) {
+        self.regs[..16].copy_from_slice(&state.gprs);
+        self.set_rip(state.rip);
+        self.set_rflags(state.rflags);
+        self.segments = state.segments;
+        (self.ldtr, self.tr) = (state.ldtr, state.tr);
+        (self.gdtr, self.idtr) = (state.gdtr, state.idtr);
+        self.cr = [state.cr0, 0, state.cr2, state.cr3, state.cr4];
+        self.msr.efer = state.efer;
+        let [d0, d1, d2, d3, d6, d7] = state.debug;
+        self.dr = [d0, d1, d2, d3, 0, 0, d6, d7];
+        self.vector.fx = state.fxsave;
+        self.vector.fx[24..28].fill(0);
+        self.vector.fx[160..].fill(0);
+        self.vector.mxcsr = u32::from_le_bytes(state.fxsave[24..28].try_into().expect("four bytes"));
+        for (register, ymm) in self.vector.ymm.iter_mut().enumerate() {
+            ymm[..16].copy_from_slice(&state.fxsave[160 + register * 16..][..16]);
+        }
+        self.mmu.flush();
+        self.update_mode();
+    }
+
     /// RIP: of the next instruction inside handlers.
     #[inline(always)]
     pub fn rip(&self) -> u64 {
@@ -258,27 +360,16 @@ impl Core {
         self.cr[0] & 1 != 0
     }
 
+    /// True in 64-bit mode.
+    #[inline(always)]
+    pub fn bits64(&self) -> bool {
+        self.code_size == CodeSize::Bits64
+    }
+
     /// True in virtual-8086 mode.
     #[inline]
     pub fn virtual_8086(&self) -> bool {
         self.system_flags & flag::VM != 0
-    }
-
-    /// Address of a memory operand, before segmentation.
-    #[inline(always)]
-    pub fn offset_of(&self, insn: &Insn) -> u64 {
-        let base = self.read_reg::<u64>(insn.base);
-        let index = self.read_reg::<u64>(insn.index);
-        let sum = base.wrapping_add(index << insn.scale).wrapping_add(insn.disp as u64);
-        if insn.flags & COMPLEX == 0 {
-            sum
-        } else if insn.flags & ADDRESS16 != 0 {
-            sum & 0xffff
-        } else if insn.flags & ADDRESS32 != 0 {
-            sum & 0xffff_ffff
-        } else {
-            sum
-        }
     }
 
     /// Reads a register of `T`'s size at a byte offset of [`Core::regs`].

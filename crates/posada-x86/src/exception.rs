@@ -319,7 +319,7 @@ mod tests {
             vector: vector::PF,
             error: Some(2),
             address: 0x5555,
-            dr6: 0,
+            ..Exception::default()
         }
     }
 

@@ -18,6 +18,8 @@ pub struct Exception {
     pub address: u64,
     /// DR6 bits to set, for #DB.
     pub dr6: u64,
+    /// #GP(0) for a non-canonical address: #SS(0) if the instruction reached it through SS.
+    pub non_canonical: bool,
 }
 
 /// Vectors.

@@ -51,8 +51,12 @@ pub struct Insn {
     pub index: u8,
     /// log2 of the index' factor.
     pub scale: u8,
-    /// Segment of the memory operand: 0-5 in the encoding's order.
+    /// Segment of the memory operand: 0-5 in the encoding's order; SS for instructions that use the stack.
     pub segment: u8,
     /// The flag constants of this module.
     pub flags: u8,
+    /// The handler's own.
+    pub extra: u32,
 }
+
+const _: () = assert!(size_of::<Insn>() == 32);

@@ -7,6 +7,8 @@ pub mod insn;
 pub mod lapic;
 pub mod mmu;
 pub mod native;
+pub mod operand;
+pub mod segmentation;
 pub mod shared;
 pub mod size;
 pub mod system;

@@ -7,13 +7,15 @@ use crate::walk::{Access, Mapping};
 use std::arch::asm;
 
 const ENTRIES: usize = 1024;
-/// Tables: data of user mode, of supervisor mode, of supervisor mode with EFLAGS.AC, code of user and supervisor mode.
-const TABLES: usize = 5;
+/// Tables: data of user mode, of supervisor mode, of supervisor mode with EFLAGS.AC, code of user and supervisor mode, and
+/// one that stays empty, for data of user mode while alignment is checked (CR0.AM and EFLAGS.AC).
+const TABLES: usize = 6;
 const USER: usize = 0;
 const SUPERVISOR: usize = 1;
 const SUPERVISOR_AC: usize = 2;
 const FETCH_USER: usize = 3;
 const FETCH_SUPERVISOR: usize = 4;
+const USER_ALIGNED: usize = 5;
 /// In an entry's `gpa`: the mapping is global; the page's log2 size is in the five bits below.
 const GLOBAL: u64 = 1 << 7;
 
@@ -173,6 +175,47 @@ unsafe fn write_host<T: Size>(pointer: *mut u8, value: T) {
     }
 }
 
+/// A compare-and-swap loop.
+///
+/// # Safety
+/// `pointer` names `T::BYTES` mapped, writable bytes inside one cache line.
+#[inline(always)]
+unsafe fn modify_atomically<T: Size, R>(pointer: *mut u8, mut change: impl FnMut(T) -> (T, R)) -> R {
+    // SAFETY: the caller vouches for the bytes.
+    let mut old: T = unsafe { read_host(pointer) };
+    loop {
+        let (new, result) = change(old);
+        // SAFETY: as above.
+        match unsafe { compare_exchange(pointer, old, new) } {
+            Ok(()) => return result,
+            Err(now) => old = now,
+        }
+    }
+}
+
+/// LOCK CMPXCHG, which unlike Rust's atomics need not be aligned.
+///
+/// # Safety
+/// As for [`modify_atomically`].
+#[inline(always)]
+unsafe fn compare_exchange<T: Size>(pointer: *mut u8, old: T, new: T) -> Result<(), T> {
+    let mut value = old.to_u64();
+    let new = new.to_u64();
+    // SAFETY: the caller vouches for the bytes.
+    unsafe {
+        match T::BITS {
+            8 => {
+                asm!("lock cmpxchg [{}], {}", in(reg) pointer, in(reg_byte) new as u8, inout("rax") value, options(nostack))
+            }
+            16 => asm!("lock cmpxchg [{}], {:x}", in(reg) pointer, in(reg) new, inout("rax") value, options(nostack)),
+            32 => asm!("lock cmpxchg [{}], {:e}", in(reg) pointer, in(reg) new, inout("rax") value, options(nostack)),
+            _ => asm!("lock cmpxchg [{}], {}", in(reg) pointer, in(reg) new, inout("rax") value, options(nostack)),
+        }
+    }
+    let now = T::from_u64(value);
+    if now == old { Ok(()) } else { Err(now) }
+}
+
 impl Core {
     /// Loads from a linear address with the rights of the current privilege level.
     #[inline(always)]
@@ -225,6 +268,13 @@ impl Core {
 
     /// Pieces of an access: the second is empty unless it crosses a page. Both are translated before anything is done.
     fn pieces(&mut self, first: usize, linear: u64, length: usize, write: bool) -> Exec<[(u64, usize); 2]> {
+        let aligned = first == USER_ALIGNED * ENTRIES;
+        if aligned && length.is_power_of_two() && length <= 8 && linear & (length as u64 - 1) != 0 {
+            return self.raise_code(vector::AC, 0);
+        }
+        if self.careful {
+            self.watch_hits |= self.watched(linear, length as u64, write);
+        }
         let room = 4096 - (linear & 0xfff) as usize;
         let gpa = self.look_up(first, linear, write)?;
         if length <= room {
@@ -273,13 +323,19 @@ impl Core {
         }
         let table = first / ENTRIES;
         let access = Access {
-            user: table == USER || table == FETCH_USER,
+            user: matches!(table, USER | USER_ALIGNED | FETCH_USER),
             override_smap: table == SUPERVISOR_AC,
             write,
             fetch: table == FETCH_USER || table == FETCH_SUPERVISOR,
         };
         if self.long_mode() && (linear as i64) << 16 >> 16 != linear as i64 {
-            return self.general_protection();
+            self.raised = Exception {
+                vector: vector::GP,
+                error: Some(0),
+                non_canonical: true,
+                ..Exception::default()
+            };
+            return Err(Raised);
         }
         let mapping = match self.walk(linear, access) {
             Ok(mapping) => mapping,
@@ -288,17 +344,35 @@ impl Core {
                     vector: vector::PF,
                     error: Some(error),
                     address: linear,
-                    dr6: 0,
+                    ..Exception::default()
                 };
                 return Err(Raised);
             }
         };
         let page = mapping.gpa & !0xfff;
-        if let Some(host) = self.ram.host(page, 4096) {
+        if let Some(host) = self.ram.host(page, 4096)
+            && table != USER_ALIGNED
+            && (!self.careful || self.watched(linear & !0xfff, 4096, true) == 0)
+        {
             let writable = mapping.writable && !self.ram.code().page(page).has_code();
             self.mmu.fill(first, linear, host, &mapping, writable);
         }
         Ok(mapping.gpa)
+    }
+
+    /// DR6 bits of the data break points (DR7, Intel SDM 3B, 18.2.4) that an access touches.
+    fn watched(&self, linear: u64, length: u64, write: bool) -> u64 {
+        (0..4)
+            .filter(|&number| {
+                let (enabled, kind) = (self.dr[7] >> (number * 2) & 3, self.dr[7] >> (16 + number * 4) & 15);
+                let bytes = [1, 2, 8, 4][(kind >> 2) as usize];
+                let start = self.dr[number] & !(bytes - 1);
+                // Kind 1 breaks on writes, 3 on reads too; 0 is code, 2 needs CR4.DE and I/O.
+                let wanted = kind & 3 == 3 || kind & 3 == 1 && write;
+                enabled != 0 && wanted && linear.wrapping_sub(start) < bytes
+                    || enabled != 0 && wanted && start.wrapping_sub(linear) < length
+            })
+            .fold(0, |bits, number| bits | 1 << number)
     }
 
     /// Reads guest physical memory, at most 64 bytes inside one page.
@@ -339,6 +413,92 @@ impl Core {
         }
     }
 
+    /// Replaces an operand by the first of what `change` makes of it, and returns the second; with `lock` atomically, then
+    /// `change` may be called more than once.
+    ///
+    /// # Errors
+    /// What a store to the operand raises, before `change` is called.
+    #[inline(always)]
+    pub fn modify<T: Size, R>(&mut self, linear: u64, lock: bool, mut change: impl FnMut(T) -> (T, R)) -> Exec<R> {
+        let entry = self.mmu.entry(self.mmu.active, linear);
+        let offset = linear ^ entry.write;
+        if offset <= 4096 - T::BYTES {
+            let pointer = entry.host.wrapping_add(offset as usize);
+            if !lock {
+                // SAFETY: as in `load_from`; the page is writable.
+                let (new, result) = change(unsafe { read_host(pointer) });
+                // SAFETY: as above.
+                unsafe { write_host(pointer, new) };
+                return Ok(result);
+            }
+            // A lock that crosses a cache line is dear, or forbidden, on the host.
+            if offset % 64 <= 64 - T::BYTES {
+                // SAFETY: as above.
+                return Ok(unsafe { modify_atomically(pointer, change) });
+            }
+        }
+        let mut result = None;
+        self.modify_slow(linear, T::BYTES, lock, &mut |old| {
+            let (new, value) = change(T::from_u64(old));
+            result = Some(value);
+            new.to_u64()
+        })?;
+        Ok(result.expect("modify_slow calls it"))
+    }
+
+    /// The operand crosses a page or a cache line, is not RAM, or lies in a page with code.
+    #[cold]
+    #[inline(never)]
+    fn modify_slow(&mut self, linear: u64, bytes: u64, lock: bool, change: &mut dyn FnMut(u64) -> u64) -> Exec {
+        let [(gpa, length), _] = self.pieces(self.mmu.active, linear, bytes as usize, true)?;
+        let whole = length as u64 == bytes && linear % 64 <= 64 - bytes;
+        if let Some(host) = self.ram.host(gpa, bytes).filter(|_| lock && whole) {
+            // SAFETY: the bytes are RAM inside one cache line.
+            unsafe {
+                match bytes {
+                    1 => modify_atomically(host, |old: u8| (change(old.into()) as u8, ())),
+                    2 => modify_atomically(host, |old: u16| (change(old.into()) as u16, ())),
+                    4 => modify_atomically(host, |old: u32| (change(old.into()) as u32, ())),
+                    _ => modify_atomically(host, |old: u64| (change(old), ())),
+                }
+            }
+            if self.ram.code().written(gpa, bytes) {
+                self.leave_block();
+            }
+            return Ok(());
+        }
+        // Split locks exclude each other; Linux forbids them where it can.
+        static SPLIT: std::sync::Mutex<()> = std::sync::Mutex::new(());
+        let guard = lock.then(|| SPLIT.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let mut data = [0; 8];
+        let data = &mut data[..bytes as usize];
+        self.load_slow(self.mmu.active, linear, data)?;
+        let mut word = [0; 8];
+        word[..data.len()].copy_from_slice(data);
+        let new = change(u64::from_le_bytes(word)).to_le_bytes();
+        self.store_slow(self.mmu.active, linear, &new[..data.len()])?;
+        drop(guard);
+        Ok(())
+    }
+
+    /// Loads any number of bytes; all their pages are translated before the first is read.
+    ///
+    /// # Errors
+    /// What the access raises.
+    pub fn load_bytes(&mut self, linear: u64, data: &mut [u8]) -> Exec {
+        debug_assert!(data.len() <= 4096);
+        self.load_slow(self.mmu.active, linear, data)
+    }
+
+    /// Stores any number of bytes up to a page, all or none.
+    ///
+    /// # Errors
+    /// What the access raises.
+    pub fn store_bytes(&mut self, linear: u64, data: &[u8]) -> Exec {
+        debug_assert!(data.len() <= 4096);
+        self.store_slow(self.mmu.active, linear, data)
+    }
+
     /// Host address for a read-modify-write of one operand: `None` (with the rights checked) if it crosses a page, is
     /// not RAM, or lies in a page with code.
     #[inline(always)]
@@ -375,7 +535,8 @@ impl Core {
         }
     }
 
-    /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, the segments and RFLAGS: to be called after any change.
+    /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, DR7, the segments, the system flags and the debugger's
+    /// wishes: to be called after any change.
     pub fn update_mode(&mut self) {
         let (protected, v86) = (self.protected(), self.virtual_8086());
         let code = self.segments[seg::CS].access;
@@ -392,6 +553,7 @@ impl Core {
             CodeSize::Bits16
         };
         let table = match self.cpl {
+            3 if self.system_flags & flag::AC != 0 && self.cr[0] & 1 << 18 != 0 => USER_ALIGNED,
             3 => USER,
             _ if self.system_flags & flag::AC != 0 => SUPERVISOR_AC,
             _ => SUPERVISOR,
@@ -401,6 +563,8 @@ impl Core {
         let sse = ts || em || self.cr[4] & 1 << 9 == 0;
         let avx = ts || self.cr[4] & 1 << 18 == 0 || self.vector.xcr0 & 6 != 6 || !protected || v86;
         self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2;
+        let debugger = self.debug.single_step || !self.debug.breakpoints.is_empty();
+        self.careful = debugger || self.system_flags & (flag::TF | flag::RF) != 0 || self.dr[7] & 0xff != 0;
         self.leave_block();
     }
 }
@@ -408,7 +572,7 @@ impl Core {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use posada_engine::{CpuState, DebugControl, Machine};
+    use posada_engine::Machine;
     use posada_memory::GuestRam;
     use std::sync::Arc;
 
@@ -427,42 +591,8 @@ pub(crate) mod tests {
     }
 
     pub(crate) fn core() -> Core {
-        let state = CpuState::reset();
-        let mut core = Core {
-            regs: [0; 18],
-            stop_at: 1,
-            arithmetic: 0,
-            interrupt_shadow: false,
-            code_size: CodeSize::Bits16,
-            cpl: 0,
-            fpu_blocked: 0,
-            system_flags: 2,
-            mmu: Mmu::default(),
-            segments: state.segments,
-            ldtr: state.ldtr,
-            tr: state.tr,
-            gdtr: state.gdtr,
-            idtr: state.idtr,
-            cr: [0x8001_0033, 0, 0x1000, 0, 0],
-            dr: [0; 8],
-            msr: Default::default(),
-            vector: crate::core::VectorState {
-                ymm: [[0; 32]; 16],
-                fx: [0; 512],
-                mxcsr: 0x1f80,
-                xcr0: 1,
-            },
-            native: Default::default(),
-            lapic: Default::default(),
-            raised: Exception::default(),
-            instructions: 0,
-            shut_down: false,
-            halted: false,
-            debug: DebugControl::default(),
-            ram: Arc::new(GuestRam::new(1 << 20).unwrap()),
-            machine: Arc::new(Nothing),
-            shared: Default::default(),
-        };
+        let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+        let mut core = Core::new(ram, Arc::new(Nothing), Default::default());
         // 4-level tables at 0x1000; linear pages 0 and 1 lead to 0x8000 and 0x9000.
         core.cr = [0x8001_0033, 0, 0, 0x1000, 0x20];
         core.msr.efer = 0xd00;
@@ -576,6 +706,9 @@ pub(crate) mod tests {
         assert_eq!(core.store(0x44, 1u8), Ok(()));
         assert_eq!(core.stop_at, 0);
         assert_ne!(core.ram.code().page(0x8000).version(), before);
+        assert!(core.rmw::<u8>(0x44).unwrap().is_some(), "overwritten code is data");
+        core.ram.code().page(0x8000).mark(0x40, 16);
+        core.mmu.forbid_writes(0x8000);
         assert_eq!(core.rmw::<u8>(0x44), Ok(None));
         assert!(core.rmw::<u8>(0x1044).unwrap().is_some());
     }
