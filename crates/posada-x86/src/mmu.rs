@@ -369,8 +369,8 @@ impl Core {
                 let start = self.dr[number] & !(bytes - 1);
                 // Kind 1 breaks on writes, 3 on reads too; 0 is code, 2 needs CR4.DE and I/O.
                 let wanted = kind & 3 == 3 || kind & 3 == 1 && write;
-                enabled != 0 && wanted && linear.wrapping_sub(start) < bytes
-                    || enabled != 0 && wanted && start.wrapping_sub(linear) < length
+                let overlap = linear.wrapping_sub(start) < bytes || start.wrapping_sub(linear) < length;
+                enabled != 0 && wanted && overlap
             })
             .fold(0, |bits, number| bits | 1 << number)
     }
