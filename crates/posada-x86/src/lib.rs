@@ -3,6 +3,7 @@
 pub mod core;
 pub mod exception;
 pub mod fault;
+pub mod flags;
 pub mod insn;
 pub mod lapic;
 pub mod mmu;
