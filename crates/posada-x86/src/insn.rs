@@ -59,4 +59,16 @@ pub struct Insn {
     pub extra: u32,
 }
 
+impl Insn {
+    /// The bits of a register that addresses use.
+    #[inline(always)]
+    pub fn address_mask(&self) -> u64 {
+        match self.flags & (ADDRESS16 | ADDRESS32) {
+            0 => u64::MAX,
+            ADDRESS32 => 0xffff_ffff,
+            _ => 0xffff,
+        }
+    }
+}
+
 const _: () = assert!(size_of::<Insn>() == 32);
