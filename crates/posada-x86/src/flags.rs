@@ -15,6 +15,19 @@ macro_rules! sized {
         }
     };
 }
+pub(crate) use sized;
+
+/// [`sized`] for instructions that have no 8-bit form.
+macro_rules! wide {
+    ($size:ty, $one:ident, $($argument:tt)*) => {
+        match <$size>::BITS {
+            16 => $one!("x", $($argument)*),
+            32 => $one!("e", $($argument)*),
+            _ => $one!("r", $($argument)*),
+        }
+    };
+}
+pub(crate) use wide;
 
 /// `$op $a $suffix` after `$before`, then the flags into AX.
 macro_rules! one {
@@ -23,6 +36,7 @@ macro_rules! one {
              a = inout(reg) $a, $($operand)*, options(pure, nomem, nostack))
     };
 }
+pub(crate) use one;
 
 /// `$op $a, $b $suffix` after `$before`, then the flags into AX.
 macro_rules! two {
@@ -31,6 +45,7 @@ macro_rules! two {
              a = inout(reg) $a, b = in(reg) $b, $($operand)*, options(pure, nomem, nostack))
     };
 }
+pub(crate) use two;
 
 /// As [`two`], for instructions that leave `$a` alone.
 macro_rules! compare {
@@ -39,6 +54,7 @@ macro_rules! compare {
              a = in(reg) $a, b = in(reg) $b, $($operand)*, options(pure, nomem, nostack))
     };
 }
+pub(crate) use compare;
 
 macro_rules! binary {
     ($($(#[$doc:meta])* $name:ident, $before:literal, $op:literal, $flags:ident;)*) => {$(
@@ -154,6 +170,8 @@ pub fn condition(cc: u8, arithmetic: u16) -> bool {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::core::seg;
+    use crate::insn::Insn;
 
     /// A fixed sequence of operands: small, extreme and random ones.
     pub(crate) struct Operands(u64);
@@ -187,21 +205,42 @@ pub(crate) mod tests {
         }
     }
 
-    /// Runs 64-bit `$op` between loads and stores of whole RFLAGS.
+    /// Runs `$op` on `{a}`, `{b}` and RCX between loads and stores of whole RFLAGS: the new `{a}` and arithmetic flags.
     macro_rules! reference {
-        ($op:expr, $a:expr, $b:expr, $rflags:expr) => {{
+        ($op:expr, $a:expr, $b:expr, $c:expr, $rflags:expr) => {{
             let (mut a, mut rflags): (u64, u64) = ($a, $rflags);
             // SAFETY: touches the operands, the flags and a stack slot.
             unsafe {
-                asm!("push {f}", "popfq", $op, "pushfq", "pop {f}", a = inout(reg) a, b = in(reg) $b, f = inout(reg) rflags)
+                std::arch::asm!("push {f}", "popfq", $op, "pushfq", "pop {f}", "/* {b} */",
+                    a = inout(reg) a, b = in(reg) $b, f = inout(reg) rflags, in("rcx") $c)
             }
-            (a, rflags & 0x8d5)
+            (a, rflags & 0x8d5 | 0x202)
         }};
     }
+    pub(crate) use reference;
 
-    fn whole(arithmetic: u16) -> u64 {
+    /// RFLAGS with these arithmetic flags.
+    pub(crate) fn whole(arithmetic: u16) -> u64 {
         let a = u64::from(arithmetic);
-        a >> 8 & 0xd5 | (a & 1) << 11
+        a >> 8 & 0xd5 | (a & 1) << 11 | 0x202
+    }
+
+    /// An instruction with these register numbers and, for memory, a displacement of 0.
+    pub(crate) fn insn(reg: usize, rm: usize, imm: u64) -> Insn {
+        Insn {
+            exec: |_, _| Ok(()),
+            imm,
+            disp: 0,
+            length: 4,
+            reg: reg as u8 * 8,
+            rm: rm as u8 * 8,
+            base: crate::insn::ZERO,
+            index: crate::insn::ZERO,
+            scale: 0,
+            segment: seg::DS as u8,
+            flags: 0,
+            extra: 0,
+        }
     }
 
     #[test]
@@ -209,12 +248,12 @@ pub(crate) mod tests {
         let mut operands = Operands::new();
         for _ in 0..20_000 {
             let (a, b, before) = (operands.number(), operands.number(), operands.flags());
-            let rflags = whole(before) | 0x202;
+            let rflags = whole(before);
             macro_rules! check {
                 ($name:ident, $op:literal) => {{
                     let mut after = before;
                     let result = $name(a, b, &mut after);
-                    assert_eq!((result, whole(after)), reference!($op, a, b, rflags));
+                    assert_eq!((result, whole(after)), reference!($op, a, b, 0u64, rflags));
                 }};
             }
             check!(add, "add {a}, {b}");
@@ -226,19 +265,19 @@ pub(crate) mod tests {
             check!(xor, "xor {a}, {b}");
             let mut after = before;
             cmp(a as u8, b as u8, &mut after);
-            assert_eq!(whole(after), reference!("cmp {a:l}, {b:l}", a, b, rflags).1);
+            assert_eq!(whole(after), reference!("cmp {a:l}, {b:l}", a, b, 0u64, rflags).1);
             test(a as u16, b as u16, &mut after);
-            assert_eq!(whole(after), reference!("test {a:x}, {b:x}", a, b, rflags).1);
+            assert_eq!(whole(after), reference!("test {a:x}, {b:x}", a, b, 0u64, rflags).1);
             let mut after = before;
             let result = inc(a as u32, &mut after);
-            let (expected, flags) = reference!("inc {a:e}\n/* {b} */", a, b, rflags);
+            let (expected, flags) = reference!("inc {a:e}", a, b, 0u64, rflags);
             assert_eq!((u64::from(result), whole(after)), (expected, flags));
             let mut after = before;
             let result = dec(a as u8, &mut after);
-            let (expected, flags) = reference!("dec {a:l}\n/* {b} */", a, b, rflags);
+            let (expected, flags) = reference!("dec {a:l}", a, b, 0u64, rflags);
             assert_eq!((result, whole(after)), (expected as u8, flags));
             let result = neg(a as u16, &mut after);
-            let (expected, flags) = reference!("neg {a:x}\n/* {b} */", a, b, rflags);
+            let (expected, flags) = reference!("neg {a:x}", a, b, 0u64, rflags);
             assert_eq!((result, whole(after)), (expected as u16, flags));
         }
         assert_eq!(not(0x0fu8), 0xf0);
@@ -251,7 +290,7 @@ pub(crate) mod tests {
             let flags = bit(0, CF) | bit(1, PF) | bit(2, AF) | bit(3, ZF) | bit(4, SF) | bit(5, OF) | 0x200;
             macro_rules! check {
                 ($($cc:literal $op:literal,)*) => {$(
-                    let (set, _) = reference!(concat!($op, " {a:l}\n/* {b} */"), 0, 0u64, whole(flags) | 0x202);
+                    let (set, _) = reference!(concat!($op, " {a:l}"), 0, 0u64, 0u64, whole(flags));
                     assert_eq!(holds::<$cc>(flags), set != 0, "{} {flags:#x}", $op);
                 )*};
             }

@@ -1,5 +1,7 @@
 //! The software CPU: an x86-64 processor with its local APIC, MMU, decoder and interpreter.
 
+pub mod bcd;
+pub mod bits;
 pub mod core;
 pub mod exception;
 pub mod fault;
@@ -7,10 +9,12 @@ pub mod flags;
 pub mod insn;
 pub mod lapic;
 pub mod mmu;
+pub mod muldiv;
 pub mod native;
 pub mod operand;
 pub mod segmentation;
 pub mod shared;
+pub mod shift;
 pub mod size;
 pub mod system;
 pub mod walk;
