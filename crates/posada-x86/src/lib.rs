@@ -1,5 +1,6 @@
 //! The software CPU: an x86-64 processor with its local APIC, MMU, decoder and interpreter.
 
+pub mod atomic;
 pub mod bcd;
 pub mod bits;
 pub mod core;
