@@ -17,5 +17,6 @@ pub mod segmentation;
 pub mod shared;
 pub mod shift;
 pub mod size;
+pub mod strings;
 pub mod system;
 pub mod walk;
