@@ -1,11 +1,13 @@
 //! The software CPU: an x86-64 processor with its local APIC, MMU, decoder and interpreter.
 
 pub mod core;
+pub mod cpuid;
 pub mod exception;
 pub mod fault;
 pub mod insn;
 pub mod lapic;
 pub mod mmu;
+pub mod msr;
 pub mod native;
 pub mod operand;
 pub mod segmentation;
