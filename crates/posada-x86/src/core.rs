@@ -70,7 +70,7 @@ pub enum CodeSize {
 }
 
 /// MSRs without an effect of their own in an emulator, and those that instructions read directly.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Msrs {
     /// IA32_EFER.
     pub efer: u64,
@@ -104,6 +104,12 @@ pub struct Msrs {
     pub tsc_offset: u64,
     /// IA32_TSC_ADJUST.
     pub tsc_adjust: u64,
+    /// IA32_SPEC_CTRL.
+    pub spec_ctrl: u64,
+    /// MSR_KVM_WALL_CLOCK_NEW.
+    pub wall_clock: u64,
+    /// MSR_KVM_SYSTEM_TIME_NEW.
+    pub system_time: u64,
 }
 
 /// The vector and x87 state as XSAVE sees it.

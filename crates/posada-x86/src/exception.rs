@@ -2,6 +2,7 @@
 
 use crate::core::{Core, flag, gpr, seg};
 use crate::fault::{Exception, Exec, vector};
+use crate::system::descriptor::null_segment;
 use posada_engine::Segment;
 
 /// What is being delivered.
@@ -63,14 +64,11 @@ impl Core {
         }
     }
 
-    /// INT n, INT3, INTO: RIP is at the next instruction.
+    /// INT n (once IOPL allows it in virtual-8086 mode), INT3, INTO: RIP is at the next instruction.
     ///
     /// # Errors
     /// What the gate or the handler's stack raises.
     pub fn software_interrupt(&mut self, vector: u8) -> Exec {
-        if self.virtual_8086() && self.system_flags & flag::IOPL != flag::IOPL {
-            return self.general_protection();
-        }
         self.enter(vector, None, Source::Software)
     }
 
@@ -130,40 +128,24 @@ impl Core {
         let (old_ss, old_rsp) = (self.segments[seg::SS], self.regs[gpr::RSP]);
         let switch = inner < self.cpl;
         let ist = if long { gate >> 32 & 7 } else { 0 };
-        let (stack, mut rsp) = if long {
-            let rsp = match (ist, switch) {
-                (0, false) => old_rsp,
-                (0, true) => self.tss_word::<u64>(4 + u64::from(inner) * 8, external)?,
-                _ => self.tss_word::<u64>(0x1c + ist * 8, external)?,
-            };
-            let null = Segment {
-                selector: inner.into(),
-                access: u16::from(inner) << 5,
-                ..Segment::default()
-            };
-            (if switch { null } else { old_ss }, rsp & !0xf)
-        } else if switch {
-            let (rsp, selector) = if self.tr.access & 8 != 0 {
-                let at = 4 + u64::from(inner) * 8;
-                let rsp = self.tss_word::<u32>(at, external)?;
-                (u64::from(rsp), self.tss_word::<u16>(at + 4, external)?)
-            } else {
-                let at = 2 + u64::from(inner) * 4;
-                let rsp = self.tss_word::<u16>(at, external)?;
-                (u64::from(rsp), self.tss_word::<u16>(at + 2, external)?)
-            };
-            let stack = self.descriptor_of(selector, vector::TS, external)?;
-            let privileges = selector & 3 == u16::from(inner) && stack.access >> 5 & 3 == u16::from(inner);
-            if !privileges || stack.access & 0x1a != 0x12 {
-                return self.raise_code(vector::TS, u32::from(selector & 0xfffc) | external);
+        let (stack, mut rsp) = match (ist, switch) {
+            (0, true) => self.inner_stack(inner, external)?,
+            (0, false) => (old_ss, old_rsp),
+            (_, _) => {
+                let rsp = self.tss_word::<u64>(0x1c + ist * 8, external)?;
+                (
+                    if switch {
+                        null_segment(inner.into(), inner)
+                    } else {
+                        old_ss
+                    },
+                    rsp,
+                )
             }
-            if stack.access & 0x80 == 0 {
-                return self.raise_code(vector::SS, u32::from(selector & 0xfffc) | external);
-            }
-            (stack, rsp)
-        } else {
-            (old_ss, old_rsp)
         };
+        if long {
+            rsp &= !0xf;
+        }
         let mut frame = [0; 10];
         let mut count = 0;
         let mut push = |value: u64| {
@@ -256,6 +238,32 @@ impl Core {
         self.interrupt_shadow = false;
         self.update_mode();
         Ok(())
+    }
+
+    /// The stack that the task state segment gives for an inner privilege level.
+    pub(crate) fn inner_stack(&mut self, inner: u8, external: u32) -> Exec<(Segment, u64)> {
+        if self.long_mode() {
+            let rsp = self.tss_word::<u64>(4 + u64::from(inner) * 8, external)?;
+            return Ok((null_segment(inner.into(), inner), rsp));
+        }
+        let (rsp, selector) = if self.tr.access & 8 != 0 {
+            let at = 4 + u64::from(inner) * 8;
+            let rsp = self.tss_word::<u32>(at, external)?;
+            (u64::from(rsp), self.tss_word::<u16>(at + 4, external)?)
+        } else {
+            let at = 2 + u64::from(inner) * 4;
+            let rsp = self.tss_word::<u16>(at, external)?;
+            (u64::from(rsp), self.tss_word::<u16>(at + 2, external)?)
+        };
+        let stack = self.descriptor_of(selector, vector::TS, external)?;
+        let privileges = selector & 3 == u16::from(inner) && stack.access >> 5 & 3 == u16::from(inner);
+        if !privileges || stack.access & 0x1a != 0x12 {
+            return self.raise_code(vector::TS, u32::from(selector & 0xfffc) | external);
+        }
+        if stack.access & 0x80 == 0 {
+            return self.raise_code(vector::SS, u32::from(selector & 0xfffc) | external);
+        }
+        Ok((stack, rsp))
     }
 
     /// A field of the task state segment.

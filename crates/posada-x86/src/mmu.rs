@@ -446,6 +446,17 @@ impl Core {
         Ok(result.expect("modify_slow calls it"))
     }
 
+    /// Replaces an operand atomically as the processor itself does in its tables.
+    ///
+    /// # Errors
+    /// What a store with supervisor rights raises.
+    pub fn modify_system<T: Size, R>(&mut self, linear: u64, change: impl FnMut(T) -> (T, R)) -> Exec<R> {
+        let active = std::mem::replace(&mut self.mmu.active, SUPERVISOR * ENTRIES);
+        let result = self.modify(linear, true, change);
+        self.mmu.active = active;
+        result
+    }
+
     /// The operand crosses a page or a cache line, is not RAM, or lies in a page with code.
     #[cold]
     #[inline(never)]

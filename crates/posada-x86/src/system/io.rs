@@ -1,0 +1,154 @@
+//! Port I/O (Intel SDM 1, chapter 19).
+
+use crate::core::{Core, gpr, seg};
+use crate::fault::Exec;
+use crate::insn::{ADDRESS16, ADDRESS32, Insn, REP, REPNE};
+use crate::size::Size;
+
+/// Smallest limit of a TSS with an I/O map: that of its fixed part.
+const TSS_LIMIT: u32 = 103;
+/// Where in the TSS the I/O map's offset stands.
+const MAP_OFFSET: u64 = 0x66;
+/// [`Insn::imm`] of instructions that take the port from DX.
+const FROM_DX: u64 = u64::MAX;
+
+impl Core {
+    /// #GP(0) unless IOPL or the task's I/O map allows `bytes` ports from `port` on.
+    fn require_port(&mut self, port: u16, bytes: u64) -> Exec {
+        let by_level = u64::from(self.cpl) <= self.system_flags >> 12 & 3;
+        if !self.protected() || by_level && !self.virtual_8086() {
+            return Ok(());
+        }
+        let limit = u64::from(self.tr.limit);
+        // Present, and a 32-bit or 64-bit TSS: a 16-bit one has no map.
+        if self.tr.access & 0x88 != 0x88 || self.tr.limit < TSS_LIMIT {
+            return self.general_protection();
+        }
+        let map = self.load_system::<u16>(self.tr.base.wrapping_add(MAP_OFFSET))?;
+        let at = u64::from(map) + u64::from(port / 8);
+        // The processor always reads two bytes, so that the ports may straddle them.
+        if at + 1 > limit {
+            return self.general_protection();
+        }
+        let bits = self.load_system::<u16>(self.tr.base.wrapping_add(at))?;
+        if u64::from(bits) >> (port % 8) & ((1 << bytes) - 1) != 0 {
+            return self.general_protection();
+        }
+        Ok(())
+    }
+
+    fn port_of(&self, insn: &Insn) -> u16 {
+        let port = if insn.imm == FROM_DX {
+            self.regs[gpr::RDX]
+        } else {
+            insn.imm
+        };
+        port as u16
+    }
+
+    fn port_read<T: Size>(&mut self, port: u16) -> T {
+        let mut data = [0; 8];
+        self.machine.port_read(port, &mut data[..T::BYTES as usize]);
+        T::from_u64(u64::from_le_bytes(data))
+    }
+
+    fn port_write<T: Size>(&mut self, port: u16, value: T) {
+        let data = value.to_u64().to_le_bytes();
+        self.machine.port_write(port, &data[..T::BYTES as usize]);
+    }
+
+    /// A register as the address size sees it.
+    fn address_register(&self, register: usize, insn: &Insn) -> u64 {
+        self.regs[register] & address_mask(insn)
+    }
+
+    fn set_address_register(&mut self, register: usize, insn: &Insn, value: u64) {
+        let old = self.regs[register];
+        self.regs[register] = match insn.flags & (ADDRESS16 | ADDRESS32) {
+            ADDRESS16 => old & !0xffff | value & 0xffff,
+            ADDRESS32 => value & 0xffff_ffff,
+            _ => value,
+        };
+    }
+
+    /// Runs one element of INS or OUTS, moving `index`. With REP the instruction runs again until RCX is zero, so that
+    /// events are seen in between.
+    fn string_io(
+        &mut self,
+        insn: &Insn,
+        index: usize,
+        bytes: u64,
+        element: impl FnOnce(&mut Self, u16, u64) -> Exec,
+    ) -> Exec {
+        let repeat = insn.flags & (REP | REPNE) != 0;
+        let count = self.address_register(gpr::RCX, insn);
+        if repeat && count == 0 {
+            return Ok(());
+        }
+        let port = self.regs[gpr::RDX] as u16;
+        self.require_port(port, bytes)?;
+        let offset = self.address_register(index, insn);
+        element(self, port, offset)?;
+        let step = if self.system_flags & crate::core::flag::DF != 0 {
+            bytes.wrapping_neg()
+        } else {
+            bytes
+        };
+        self.set_address_register(index, insn, offset.wrapping_add(step));
+        if repeat {
+            self.set_address_register(gpr::RCX, insn, count - 1);
+            if count > 1 {
+                self.set_rip(self.rip().wrapping_sub(insn.length.into()));
+                self.leave_block();
+            }
+        }
+        Ok(())
+    }
+}
+
+fn address_mask(insn: &Insn) -> u64 {
+    match insn.flags & (ADDRESS16 | ADDRESS32) {
+        ADDRESS16 => 0xffff,
+        ADDRESS32 => 0xffff_ffff,
+        _ => u64::MAX,
+    }
+}
+
+/// IN: the port is `imm`, or DX if that is all ones.
+pub fn input<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
+    let port = core.port_of(insn);
+    core.require_port(port, T::BYTES)?;
+    let value = core.port_read::<T>(port);
+    core.write_reg(0, value);
+    Ok(())
+}
+
+/// OUT: as [`input`].
+pub fn output<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
+    let port = core.port_of(insn);
+    core.require_port(port, T::BYTES)?;
+    let value = core.read_reg::<T>(0);
+    core.port_write(port, value);
+    Ok(())
+}
+
+/// INS, always to ES.
+pub fn ins<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
+    core.string_io(insn, gpr::RDI, T::BYTES, |core, port, offset| {
+        let linear = core.segment_linear(seg::ES, offset, T::BYTES, true)?;
+        // A store that cannot work must not take the data from the device.
+        core.host_range(linear, T::BYTES, true)?;
+        let value = core.port_read::<T>(port);
+        core.store(linear, value)
+    })
+}
+
+/// OUTS.
+pub fn outs<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
+    core.string_io(insn, gpr::RSI, T::BYTES, |core, port, offset| {
+        let linear = core.segment_linear(insn.segment.into(), offset, T::BYTES, false)?;
+        let value = core.load::<T>(linear)?;
+        core.port_write(port, value);
+        Ok(())
+    })
+}
