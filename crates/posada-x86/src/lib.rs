@@ -13,3 +13,4 @@ pub mod shared;
 pub mod size;
 pub mod system;
 pub mod walk;
+pub mod xsave;
