@@ -152,7 +152,8 @@ pub struct Core {
     pub code_size: CodeSize,
     /// Current privilege level.
     pub cpl: u8,
-    /// Why SSE (bit 0), AVX (bit 1) or x87 (bit 2) instructions cannot run now: see [`Core::update_mode`].
+    /// Why SSE (bit 0), AVX (bit 1), x87 (bit 2) or any VEX (bit 3) instructions cannot run now: see
+    /// [`Core::update_mode`].
     pub fpu_blocked: u8,
     /// RFLAGS without the arithmetic flags (bit 1 set).
     pub system_flags: u64,

@@ -22,3 +22,4 @@ pub mod size;
 pub mod strings;
 pub mod system;
 pub mod walk;
+pub mod xsave;

@@ -524,7 +524,19 @@ impl Core {
 
     /// Host address of `length` bytes for the current privilege level, on [`Core::rmw`]'s conditions. Raises what an
     /// access to the bytes' one or two pages would.
+    #[inline(always)]
     pub fn host_range(&mut self, linear: u64, length: u64, write: bool) -> Exec<Option<*mut u8>> {
+        let entry = self.mmu.entry(self.mmu.active, linear);
+        let offset = linear ^ if write { entry.write } else { entry.read };
+        if offset < 4096 && length <= 4096 - offset {
+            return Ok(Some(entry.host.wrapping_add(offset as usize)));
+        }
+        self.host_range_slow(linear, length, write)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn host_range_slow(&mut self, linear: u64, length: u64, write: bool) -> Exec<Option<*mut u8>> {
         let first = self.mmu.active;
         let [_, (_, second)] = self.pieces(first, linear, length.clamp(1, 4096) as usize, write)?;
         let entry = self.mmu.entry(first, linear);
@@ -573,7 +585,8 @@ impl Core {
         let (em, ts) = (self.cr[0] & 1 << 2 != 0, self.cr[0] & 1 << 3 != 0);
         let sse = ts || em || self.cr[4] & 1 << 9 == 0;
         let avx = ts || self.cr[4] & 1 << 18 == 0 || self.vector.xcr0 & 6 != 6 || !protected || v86;
-        self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2;
+        let vex = !protected || v86;
+        self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2 | u8::from(vex) << 3;
         let debugger = self.debug.single_step || !self.debug.breakpoints.is_empty();
         self.careful = debugger || self.system_flags & (flag::TF | flag::RF) != 0 || self.dr[7] & 0xff != 0;
         self.leave_block();

@@ -1,5 +1,0 @@
-//! Native stubs.
-
-/// Stub cache.
-#[derive(Default)]
-pub struct Native {}
