@@ -400,7 +400,7 @@ impl Core {
                     _ => (0..data.len()).for_each(|at| data[at] = read_host(host.add(at))),
                 }
             }
-        } else {
+        } else if !self.lapic_mmio_read(gpa, data) {
             self.machine.mmio_read(gpa, data);
         }
     }
@@ -421,7 +421,7 @@ impl Core {
             if self.ram.code().written(gpa, data.len() as u64) {
                 self.leave_block();
             }
-        } else {
+        } else if !self.lapic_mmio_write(gpa, data) {
             self.machine.mmio_write(gpa, data);
         }
     }
