@@ -3,6 +3,7 @@
 pub mod atomic;
 pub mod bcd;
 pub mod bits;
+pub mod clock;
 pub mod core;
 pub mod cpuid;
 pub mod exception;

@@ -4,6 +4,7 @@ use crate::core::{CodeSize, Core, flag, seg};
 use crate::fault::{Exception, Exec, Raised, vector};
 use crate::size::Size;
 use crate::walk::{Access, Mapping};
+use posada_memory::CodeMap;
 use std::arch::asm;
 
 const ENTRIES: usize = 1024;
@@ -129,6 +130,18 @@ impl Mmu {
             let entry = &mut self.entries[usize::from(slot)];
             if (entry.gpa ^ gpa) >> 12 == 0 {
                 entry.write = Entry::empty(slot.into()).write;
+            }
+        }
+    }
+
+    /// Does the same for every page that holds code by now, and invalidates the code of those that could be stored to.
+    pub fn forbid_writes_to_code(&mut self, code: &CodeMap) {
+        for &slot in &self.filled {
+            let never = Entry::empty(slot.into()).write;
+            let entry = &mut self.entries[usize::from(slot)];
+            if entry.write != never && code.page(entry.gpa).has_code() {
+                entry.write = never;
+                code.page(entry.gpa).invalidate();
             }
         }
     }
@@ -387,7 +400,7 @@ impl Core {
                     _ => (0..data.len()).for_each(|at| data[at] = read_host(host.add(at))),
                 }
             }
-        } else {
+        } else if !self.lapic_mmio_read(gpa, data) {
             self.machine.mmio_read(gpa, data);
         }
     }
@@ -408,7 +421,7 @@ impl Core {
             if self.ram.code().written(gpa, data.len() as u64) {
                 self.leave_block();
             }
-        } else {
+        } else if !self.lapic_mmio_write(gpa, data) {
             self.machine.mmio_write(gpa, data);
         }
     }

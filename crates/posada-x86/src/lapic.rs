@@ -1,5 +1,0 @@
-//! The local APIC.
-
-/// Own side.
-#[derive(Default)]
-pub struct Lapic {}

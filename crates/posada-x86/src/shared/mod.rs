@@ -1,0 +1,180 @@
+//! What the vCPUs of a VM share with each other and with other threads: mailboxes, alarms, the VM's clock.
+
+mod alarm;
+pub(crate) mod mailbox;
+
+pub use mailbox::Mailbox;
+
+use crate::clock;
+use alarm::Alarms;
+use std::io;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+
+/// One VM's processors, for whoever sends them something.
+#[derive(Debug)]
+pub struct Vm {
+    mailboxes: Arc<[Arc<Mailbox>]>,
+    alarms: OnceLock<Alarms>,
+    /// Guest TSC minus host TSC when the VM was made: the guests' counters started from 0, all at once.
+    tsc_offset: u64,
+    /// Announcements of code so far.
+    announcements: AtomicU64,
+    /// Who is next in lowest-priority arbitration.
+    turn: AtomicU32,
+}
+
+impl Vm {
+    /// A VM of `vcpus` processors; its clock starts now.
+    pub fn new(vcpus: u32) -> Arc<Self> {
+        Arc::new(Self {
+            mailboxes: (0..vcpus).map(|_| Arc::default()).collect(),
+            alarms: OnceLock::new(),
+            tsc_offset: clock::host_tsc().wrapping_neg(),
+            announcements: AtomicU64::new(0),
+            turn: AtomicU32::new(0),
+        })
+    }
+
+    /// Starts the alarms now, for a caller who can report that the host refuses.
+    ///
+    /// # Errors
+    /// When the host is out of descriptors or threads.
+    pub fn start_alarms(&self) -> io::Result<()> {
+        if self.alarms.get().is_none() {
+            let alarms = Alarms::new(Arc::clone(&self.mailboxes))?;
+            // Another caller's are as good.
+            let _ = self.alarms.set(alarms);
+        }
+        Ok(())
+    }
+
+    /// The vCPUs, by index.
+    pub fn vcpus(&self) -> &[Arc<Mailbox>] {
+        &self.mailboxes
+    }
+
+    /// Guest TSC minus host TSC with which all vCPUs start.
+    pub fn tsc_offset(&self) -> u64 {
+        self.tsc_offset
+    }
+
+    /// What vCPU `index` holds of the VM.
+    ///
+    /// # Panics
+    /// If there is no such vCPU.
+    pub fn shared(self: &Arc<Self>, index: u32) -> Shared {
+        Shared {
+            mailbox: Arc::clone(&self.mailboxes[index as usize]),
+            vm: Arc::clone(self),
+            index,
+            announced: AtomicU64::new(0),
+        }
+    }
+
+    /// A number that goes round: `0..of`.
+    pub(crate) fn turn(&self, of: usize) -> usize {
+        self.turn.fetch_add(1, Ordering::Relaxed) as usize % of
+    }
+}
+
+/// A vCPU's own end: its mailbox and its VM.
+#[derive(Debug)]
+pub struct Shared {
+    mailbox: Arc<Mailbox>,
+    vm: Arc<Vm>,
+    index: u32,
+    /// The VM's announcement count at this vCPU's last announcement.
+    announced: AtomicU64,
+}
+
+impl Default for Shared {
+    /// The only vCPU of a VM.
+    fn default() -> Self {
+        Vm::new(1).shared(0)
+    }
+}
+
+impl Shared {
+    /// True when [`crate::core::Core::service`] has something to do.
+    #[inline(always)]
+    pub fn pending(&self) -> bool {
+        self.mailbox.pending()
+    }
+
+    /// The vCPU's number, which is its APIC id.
+    pub fn index(&self) -> u32 {
+        self.index
+    }
+
+    /// The VM.
+    pub fn vm(&self) -> &Arc<Vm> {
+        &self.vm
+    }
+
+    /// This vCPU's mailbox.
+    pub fn mailbox(&self) -> &Arc<Mailbox> {
+        &self.mailbox
+    }
+
+    /// All vCPUs of the VM, by index.
+    pub fn vcpus(&self) -> &[Arc<Mailbox>] {
+        self.vm.vcpus()
+    }
+
+    /// Nanoseconds from the Unix epoch to the VM's start, by the host's clock as it stands now.
+    pub fn boot_time_ns(&self) -> u64 {
+        let since = clock::ticks_to_ns(clock::host_tsc().wrapping_add(self.vm.tsc_offset));
+        clock::real_time_ns().saturating_sub(since)
+    }
+
+    /// Sets or clears this vCPU's alarm: `delay` in nanoseconds.
+    ///
+    /// # Panics
+    /// If the host refuses what [`Vm::start_alarms`] would have asked for.
+    pub(crate) fn set_alarm(&self, delay: Option<u64>) {
+        let alarms = self.vm.alarms.get_or_init(|| {
+            Alarms::new(Arc::clone(&self.vm.mailboxes)).expect("the host has a thread and a few descriptors left")
+        });
+        alarms.set(self.index, delay);
+    }
+
+    /// Tells all other vCPUs that a page has got its first code ([`posada_memory::CodePage::mark`] was true): their soft
+    /// TLBs may let stores to it go past the code map.
+    ///
+    /// Nobody keeps lists. A vCPU that takes notice ([`crate::core::Core::service`]) forbids its own direct stores to every
+    /// page that holds code by then, and invalidates those pages, as it may have written to them. The mark was set before
+    /// the announcement and is looked at after it, so the page is among them, unless somebody unmarked it meanwhile; then
+    /// whoever marks it next announces it again.
+    pub fn announce_code(&self) {
+        if self.vm.mailboxes.len() == 1 {
+            return;
+        }
+        let count = self.vm.announcements.fetch_add(1, Ordering::AcqRel) + 1;
+        self.announced.store(count, Ordering::Relaxed);
+        for (index, mailbox) in self.vm.mailboxes.iter().enumerate() {
+            if index != self.index as usize {
+                mailbox.post(mailbox::CODE);
+            }
+        }
+    }
+
+    /// The VM's announcements so far: what a vCPU has answered that looks at the code map from now on.
+    pub(crate) fn announcements(&self) -> u64 {
+        self.vm.announcements.load(Ordering::Acquire)
+    }
+
+    /// True if all other vCPUs have taken notice of all announcements by this one, or will before they run guest code.
+    pub(crate) fn settled(&self) -> bool {
+        let announced = self.announced.load(Ordering::Relaxed);
+        let settled = |(index, mailbox): (usize, &Arc<Mailbox>)| {
+            // At rest: our CODE bit is in the word that the vCPU must take before it runs on.
+            index == self.index as usize || mailbox.answered() >= announced || mailbox.at_rest()
+        };
+        let all = announced == 0 || self.vm.mailboxes.iter().enumerate().all(settled);
+        if all {
+            self.announced.store(0, Ordering::Relaxed);
+        }
+        all
+    }
+}
