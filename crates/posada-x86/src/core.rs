@@ -1,6 +1,7 @@
 //! One software CPU: architectural state and the caches that speed it up, owned by its vCPU thread.
 
 use crate::fault::{Exception, Exec, Raised, vector};
+use crate::interpret::Cache;
 use crate::lapic::Lapic;
 use crate::mmu::Mmu;
 use crate::native::Native;
@@ -195,6 +196,12 @@ pub struct Core {
     pub halted: bool,
     /// What a debugger wants.
     pub debug: DebugControl,
+    /// The debugger's break point that the next instruction goes past.
+    pub debug_passed: Option<u64>,
+    /// Decoded blocks.
+    pub cache: Cache,
+    /// PAUSE instructions executed.
+    pub pauses: u32,
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
     /// The machine around.
@@ -234,6 +241,9 @@ impl Core {
             shut_down: false,
             halted: false,
             debug: DebugControl::default(),
+            debug_passed: None,
+            cache: Cache::default(),
+            pauses: 0,
             ram,
             machine,
             shared,

@@ -1,15 +1,19 @@
 //! The software CPU: an x86-64 processor with its local APIC, MMU, decoder and interpreter.
 
+pub mod alu;
 pub mod atomic;
 pub mod bcd;
 pub mod bits;
+pub mod branch;
 pub mod clock;
 pub mod core;
 pub mod cpuid;
+pub mod decode;
 pub mod exception;
 pub mod fault;
 pub mod flags;
 pub mod insn;
+pub mod interpret;
 pub mod lapic;
 pub mod mmu;
 pub mod msr;
@@ -22,5 +26,6 @@ pub mod shift;
 pub mod size;
 pub mod strings;
 pub mod system;
+pub mod transfer;
 pub mod walk;
 pub mod xsave;

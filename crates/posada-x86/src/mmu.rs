@@ -46,8 +46,12 @@ impl Entry {
 pub struct Mmu {
     /// All tables, one after another.
     entries: Box<[Entry]>,
-    /// Slots in use, so that a flush costs what was used.
+    /// Slots in use (those whose entry has a host address), so that a flush costs what was used.
     filled: Vec<u16>,
+    /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed
+    /// bit sets, so that forgetting a small page need not look at every slot.
+    large: [u64; 16],
+    huge: u64,
     /// The data table of the current mode: its first slot.
     active: usize,
 }
@@ -60,6 +64,8 @@ impl Default for Mmu {
         Self {
             entries: (0..TABLES * ENTRIES).map(Entry::empty).collect(),
             filled: Vec::new(),
+            large: [0; 16],
+            huge: 0,
             active: SUPERVISOR * ENTRIES,
         }
     }
@@ -83,8 +89,18 @@ impl Mmu {
         let slot = Self::slot(first, linear);
         let empty = Entry::empty(slot);
         let entry = &mut self.entries[slot];
-        if entry.read == empty.read {
+        if entry.host.is_null() {
             self.filled.push(slot as u16);
+        }
+        match mapping.shift {
+            12 => {}
+            30.. => self.huge |= 1 << (linear >> 30 & 63),
+            shift => {
+                let first = linear >> shift << shift >> 21;
+                for region in first..first + (1 << (shift - 21)) {
+                    self.large[(region >> 6 & 15) as usize] |= 1 << (region & 63);
+                }
+            }
         }
         let page = linear & !0xfff;
         *entry = Entry {
@@ -100,6 +116,7 @@ impl Mmu {
         for slot in self.filled.drain(..) {
             self.entries[usize::from(slot)] = Entry::empty(slot.into());
         }
+        (self.large, self.huge) = ([0; 16], 0);
     }
 
     fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
@@ -121,6 +138,18 @@ impl Mmu {
 
     /// Forgets one page, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
+        let large = self.large[(linear >> 27 & 15) as usize] >> (linear >> 21 & 63) & 1;
+        if large | self.huge >> (linear >> 30 & 63) & 1 == 0 {
+            for table in 0..TABLES {
+                let slot = Self::slot(table * ENTRIES, linear);
+                let entry = &mut self.entries[slot];
+                if (entry.read ^ linear) < 4096 {
+                    let Entry { read, write, .. } = Entry::empty(slot);
+                    (entry.read, entry.write) = (read, write);
+                }
+            }
+            return;
+        }
         self.flush_where(|entry| (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0);
     }
 

@@ -240,13 +240,18 @@ impl Core {
         true
     }
 
+    /// IA32_APIC_BASE.
+    pub fn apic_base(&self) -> u64 {
+        self.lapic.base | if self.shared.index() == 0 { BSP } else { 0 }
+    }
+
     /// RDMSR of IA32_APIC_BASE, IA32_TSC_DEADLINE and 800h-8FFh.
     ///
     /// # Errors
     /// #GP(0) for registers that do not exist, cannot be read, or are x2APIC ones outside that mode.
     pub fn lapic_read_msr(&mut self, msr: u32) -> Exec<u64> {
         match msr {
-            IA32_APIC_BASE => return Ok(self.lapic.base | if self.shared.index() == 0 { BSP } else { 0 }),
+            IA32_APIC_BASE => return Ok(self.apic_base()),
             IA32_TSC_DEADLINE => {
                 self.lapic.advance(clock::host_tsc());
                 self.interrupts_may_be_due();
