@@ -59,7 +59,7 @@ impl Core {
 
     /// A register as the address size sees it.
     fn address_register(&self, register: usize, insn: &Insn) -> u64 {
-        self.regs[register] & address_mask(insn)
+        self.regs[register] & insn.address_mask()
     }
 
     fn set_address_register(&mut self, register: usize, insn: &Insn, value: u64) {
@@ -103,14 +103,6 @@ impl Core {
             }
         }
         Ok(())
-    }
-}
-
-fn address_mask(insn: &Insn) -> u64 {
-    match insn.flags & (ADDRESS16 | ADDRESS32) {
-        ADDRESS16 => 0xffff,
-        ADDRESS32 => 0xffff_ffff,
-        _ => u64::MAX,
     }
 }
 
