@@ -6,6 +6,7 @@
 
 use crate::clock;
 use crate::core::Core;
+use crate::xsave;
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::sync::OnceLock;
 
@@ -24,10 +25,6 @@ const BRAND: &[u8; 48] = b"Posada virtual CPU\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\
 const LINE: u32 = 64;
 /// Caches that leaf 4 may describe.
 const CACHES: usize = 8;
-/// Bytes of XSAVE's legacy region and header, and where AVX state follows.
-const XSAVE_HEADER: u32 = 576;
-/// Bytes of AVX state.
-const XSAVE_AVX: u32 = 256;
 /// Width of linear addresses.
 const LINEAR_BITS: u32 = 48;
 
@@ -275,7 +272,7 @@ pub fn cpuid(core: &Core, leaf: u32, subleaf: u32) -> [u32; 4] {
             };
             [shift, below, level << 8 | subleaf & 0xff, index]
         }
-        0xd if policy.features.xsave => xsave(core, policy, subleaf),
+        0xd if policy.features.xsave => xsave(core, subleaf),
         0x4000_0000 => {
             let [b, c, d, _] = text(SIGNATURE);
             [LAST_HYPERVISOR, b, c, d]
@@ -325,10 +322,9 @@ fn cache(policy: &Policy, subleaf: u32, vcpus: u32) -> [u32; 4] {
 }
 
 /// Leaf 0Dh.
-fn xsave(core: &Core, policy: &Policy, subleaf: u32) -> [u32; 4] {
-    let avx = policy.features.avx;
-    let size = |components: u64| XSAVE_HEADER + if components & 4 != 0 { XSAVE_AVX } else { 0 };
-    let all = if avx { 7 } else { 3 };
+fn xsave(core: &Core, subleaf: u32) -> [u32; 4] {
+    let all = xsave::supported();
+    let size = |components: u64| xsave::size_of_components(components) as u32;
     match subleaf {
         0 => [all as u32, size(core.vector.xcr0), size(all), 0],
         1 => {
@@ -337,7 +333,7 @@ fn xsave(core: &Core, policy: &Policy, subleaf: u32) -> [u32; 4] {
             let compacted = if a & 0b1010 != 0 { size(core.vector.xcr0) } else { 0 };
             [a, compacted, 0, 0]
         }
-        2 if avx => [XSAVE_AVX, XSAVE_HEADER, 0, 0],
+        2 if all & xsave::AVX != 0 => [xsave::AVX_SIZE as u32, xsave::AVX_OFFSET as u32, 0, 0],
         _ => [0; 4],
     }
 }
@@ -421,6 +417,39 @@ mod tests {
         for bit in BITS.iter().filter(|bit| bit.by == By::Host) {
             let there = host(bit.leaf, bit.subleaf)[bit.register] >> bit.bit & 1 != 0;
             assert_eq!(features().has(bit.name), there, "{}", bit.name);
+        }
+    }
+
+    #[test]
+    fn the_decoder_of_vector_instructions_agrees() {
+        use iced_x86::CpuidFeature as F;
+        let shown = features();
+        for (feature, bit) in [
+            (F::SSE3, shown.sse3),
+            (F::SSSE3, shown.ssse3),
+            (F::SSE4_1, shown.sse4_1),
+            (F::SSE4_2, shown.sse4_2),
+            (F::AES, shown.aes),
+            (F::PCLMULQDQ, shown.pclmulqdq),
+            (F::SHA, shown.sha),
+            (F::BMI2, shown.bmi2),
+            (F::ADX, shown.adx),
+            (F::AVX, shown.avx),
+            (F::AVX2, shown.avx2),
+            (F::F16C, shown.f16c),
+            (F::FMA, shown.fma),
+            (F::XSAVE, shown.xsave),
+            (F::XSAVEOPT, shown.xsaveopt),
+            (F::XSAVEC, shown.xsavec),
+            (F::XSAVES, shown.xsaves),
+            // What CPUID never shows.
+            (F::AVX512F, false),
+            (F::AMX_TILE, false),
+            (F::GFNI, false),
+            (F::VAES, false),
+            (F::RTM, false),
+        ] {
+            assert_eq!(crate::native::shown(feature), bit, "{feature:?}");
         }
     }
 

@@ -361,3 +361,171 @@ pub fn bound(core: &mut Core, insn: &Insn) -> Exec {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::insn::WIDE;
+    use crate::system::tests::*;
+
+    fn to(selector: u16, rip: u64) -> Insn {
+        let mut insn = insn();
+        insn.imm = rip | u64::from(selector) << 32;
+        insn
+    }
+
+    #[test]
+    fn a_jump_changes_the_code_size() {
+        let mut core = long();
+        assert_eq!(jmp_direct(&mut core, &to(KERNEL_CODE_32, 0x99)), Ok(()));
+        assert_eq!((core.rip(), core.code_size), (0x99, crate::core::CodeSize::Bits32));
+        assert_eq!(jmp_direct(&mut core, &to(KERNEL_CODE, 0x88)), Ok(()));
+        assert!(core.bits64());
+    }
+
+    #[test]
+    fn jumps_refuse_what_is_not_code_of_this_level() {
+        let mut core = long_user();
+        for (selector, vector, error) in [
+            (0, vector::GP, 0),
+            (KERNEL_CODE, vector::GP, 8),
+            (USER_DATA, vector::GP, 0x20),
+            (TASK, vector::GP, 0x30),
+            (ABSENT, vector::GP, 0x50),
+            (RESERVED, vector::GP, 0x78),
+            // Its upper half is another descriptor.
+            (GATE_32, vector::GP, 0x70),
+            (GATE, vector::GP, 8),
+            (0x98, vector::GP, 0x98),
+        ] {
+            assert!(jmp_direct(&mut core, &to(selector, 0)).is_err(), "{selector:#x}");
+            assert_eq!(raised(&core), (vector, Some(error)), "{selector:#x}");
+            assert_eq!(core.rip(), 0x77);
+        }
+        // Code that conforms runs at the caller's level.
+        assert_eq!(jmp_direct(&mut core, &to(CONFORMING, 0x99)), Ok(()));
+        assert_eq!((core.segments[seg::CS].selector, core.cpl), (CONFORMING | 3, 3));
+    }
+
+    #[test]
+    fn a_call_returns() {
+        let mut core = long();
+        core.store(0u64, 0xffff_8000_0000_1111u64).unwrap();
+        core.store(8u64, KERNEL_CODE).unwrap();
+        let mut insn = insn();
+        insn.flags = WIDE;
+        assert_eq!(call_indirect(&mut core, &insn), Ok(()));
+        assert_eq!((core.rip(), core.regs[gpr::RSP]), (0xffff_8000_0000_1111, 0x7f0));
+        insn.imm = 0x20;
+        assert_eq!(ret(&mut core, &insn), Ok(()));
+        assert_eq!((core.rip(), core.regs[gpr::RSP]), (0x77, 0x820));
+    }
+
+    #[test]
+    fn a_64_bit_call_gate_switches_stacks_and_back() {
+        let mut core = long_user();
+        core.segments[seg::DS] = core.segments[seg::SS];
+        assert_eq!(call_direct(&mut core, &to(GATE | 3, 0xdead)), Ok(()));
+        assert_eq!((core.cpl, core.rip(), core.regs[gpr::RSP]), (0, 0x1234, 0xde0));
+        let frame = [0, 8, 16, 24].map(|at| core.load::<u64>(0xde0 + at).unwrap());
+        assert_eq!(frame, [0x77, USER_CODE.into(), 0x800, USER_DATA.into()]);
+        assert_eq!(core.segments[seg::SS].selector, 0);
+        core.load_segment(seg::DS, KERNEL_DATA).unwrap();
+        core.load_segment(seg::FS, 0).unwrap();
+        core.segments[seg::FS].base = 0x1234_5678;
+        let mut insn = insn();
+        insn.flags = WIDE;
+        assert_eq!(ret(&mut core, &insn), Ok(()));
+        assert_eq!((core.cpl, core.rip(), core.regs[gpr::RSP]), (3, 0x77, 0x800));
+        assert_eq!(core.segments[seg::DS].selector, 0, "the kernel's segment does not leak");
+        assert_eq!(core.segments[seg::FS].base, 0x1234_5678);
+    }
+
+    #[test]
+    fn a_32_bit_call_gate_copies_parameters() {
+        let mut core = protected(3);
+        push_all(&mut core, 4, &[0xaaaa, 0xbbbb]);
+        assert_eq!(call_direct(&mut core, &to(GATE_32 | 3, 0)), Ok(()));
+        assert_eq!((core.cpl, core.rip(), core.regs[gpr::RSP]), (0, 0x5678, 0xde8));
+        let frame = [0, 4, 8, 12, 16, 20].map(|at| core.load::<u32>(0xde8 + at).unwrap());
+        assert_eq!(
+            frame,
+            [0x77, USER_CODE_32.into(), 0xbbbb, 0xaaaa, 0x7f8, USER_DATA.into()]
+        );
+        let mut insn = insn();
+        insn.imm = 8;
+        assert_eq!(ret(&mut core, &insn), Ok(()));
+        assert_eq!((core.cpl, core.rip(), core.regs[gpr::RSP]), (3, 0x77, 0x800));
+    }
+
+    #[test]
+    fn a_gate_without_a_stack_raises_ts() {
+        let mut core = protected(3);
+        core.store_system(TASK_STATE + 8, USER_DATA).unwrap();
+        assert!(call_direct(&mut core, &to(GATE_32 | 3, 0)).is_err());
+        assert_eq!(raised(&core), (vector::TS, Some(0x20)));
+        core.tr.limit = 3;
+        assert!(call_direct(&mut core, &to(GATE_32 | 3, 0)).is_err());
+        assert_eq!(raised(&core), (vector::TS, Some(TASK.into())));
+        assert_eq!((core.regs[gpr::RSP], core.rip(), core.cpl), (0x800, 0x77, 3));
+    }
+
+    #[test]
+    fn returns_never_go_inward() {
+        let mut core = long_user();
+        push_all(&mut core, 4, &[KERNEL_CODE.into(), 0x1234]);
+        assert!(ret(&mut core, &insn()).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(8)));
+        assert_eq!(core.regs[gpr::RSP], 0x7f8);
+    }
+
+    #[test]
+    fn real_mode_calls_push_16_bits() {
+        let mut core = protected(0);
+        core.cr[0] = 0x10;
+        core.segments[seg::CS].access = 0x9b;
+        core.segments[seg::CS].limit = 0xffff;
+        core.segments[seg::SS].access = 0x93;
+        core.update_mode();
+        let mut insn = to(0x1000, 0x2222);
+        insn.flags = OPERAND16;
+        assert_eq!(call_direct(&mut core, &insn), Ok(()));
+        assert_eq!(
+            (core.segments[seg::CS].base, core.rip(), core.regs[gpr::RSP]),
+            (0x1_0000, 0x2222, 0x7fc)
+        );
+        insn.imm = 0;
+        assert_eq!(ret(&mut core, &insn), Ok(()));
+        assert_eq!(
+            (core.segments[seg::CS].selector, core.rip(), core.regs[gpr::RSP]),
+            (KERNEL_CODE_32, 0x77, 0x800)
+        );
+        assert!(jmp_direct(&mut core, &to(0x1000, 0x1_0000)).is_err());
+    }
+
+    #[test]
+    fn bound_compares_signed() {
+        let mut core = protected(0);
+        core.store(0u64, 10u64 << 32 | (-10i32) as u32 as u64).unwrap();
+        for (index, inside) in [(-10, true), (10, true), (0, true), (-11, false), (11, false)] {
+            core.regs[gpr::RAX] = index as u32 as u64;
+            assert_eq!(bound(&mut core, &insn()).is_ok(), inside, "{index}");
+        }
+        assert_eq!(core.raised.vector, vector::BR);
+    }
+
+    #[test]
+    fn int1_needs_no_rights_to_its_gate() {
+        let mut core = long_user();
+        (core.idtr.base, core.idtr.limit) = (0x200, 0xfff);
+        for number in [1u64, 3] {
+            core.store_system(0x200 + number * 16, 0x0000_8e00_0008_4321u64)
+                .unwrap();
+        }
+        assert!(int3(&mut core, &insn()).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(3 << 3 | 2)));
+        assert_eq!(int1(&mut core, &insn()), Ok(()));
+        assert_eq!((core.rip(), core.cpl), (0x4321, 0));
+        assert_eq!(core.load::<u64>(core.regs[gpr::RSP]), Ok(0x77));
+    }
+}

@@ -111,3 +111,92 @@ pub fn sysexit(core: &mut Core, insn: &Insn) -> Exec {
     core.go(code(selector, 3, wide), data(selector.wrapping_add(8), 3), rip);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::CodeSize;
+    use crate::system::tests::*;
+
+    fn system() -> Core {
+        let mut core = long_user();
+        core.msr.efer |= SCE;
+        core.msr.star = 0x0018_0008 << 32;
+        core.msr.lstar = 0xffff_8000_0000_1000;
+        core.msr.fmask = flag::IF | flag::DF;
+        core.msr.sysenter = [0x08, 0x1f00, 0x4567];
+        core
+    }
+
+    #[test]
+    fn a_system_call_goes_in_and_back() {
+        let mut core = system();
+        let flags = flag::IF | flag::DF | flag::CF | 2;
+        core.set_rflags(flags | flag::RF);
+        assert_eq!(syscall(&mut core, &insn()), Ok(()));
+        assert_eq!((core.rip(), core.cpl), (0xffff_8000_0000_1000, 0));
+        assert_eq!((core.regs[gpr::RCX], core.regs[11]), (0x77, flags));
+        assert_eq!(core.rflags(), flag::CF | 2);
+        assert_eq!(
+            (core.segments[seg::CS].selector, core.segments[seg::SS].selector),
+            (8, 0x10)
+        );
+        let mut insn = insn();
+        insn.flags = WIDE;
+        assert_eq!(sysret(&mut core, &insn), Ok(()));
+        assert_eq!((core.rip(), core.cpl, core.rflags()), (0x77, 3, flags));
+        assert_eq!(
+            (core.segments[seg::CS].selector, core.segments[seg::SS].selector),
+            (0x2b, 0x23)
+        );
+        assert!(core.bits64());
+        assert!(sysret(&mut core, &insn).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+    }
+
+    #[test]
+    fn sysret_without_a_prefix_goes_to_compatibility_mode() {
+        let mut core = system();
+        assert_eq!(syscall(&mut core, &insn()), Ok(()));
+        core.regs[gpr::RCX] = 0x1_0000_2222;
+        assert_eq!(sysret(&mut core, &insn()), Ok(()));
+        assert_eq!((core.rip(), core.code_size), (0x2222, CodeSize::Bits32));
+        assert_eq!(core.segments[seg::CS].selector, 0x1b);
+    }
+
+    #[test]
+    fn sysret_faults_in_the_kernel() {
+        let mut core = system();
+        assert_eq!(syscall(&mut core, &insn()), Ok(()));
+        core.regs[gpr::RCX] = 1 << 47;
+        let mut insn = insn();
+        insn.flags = WIDE;
+        assert!(sysret(&mut core, &insn).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+        assert_eq!(core.cpl, 0);
+        core.msr.efer &= !SCE;
+        assert!(sysret(&mut core, &insn).is_err());
+        assert!(syscall(&mut core, &insn).is_err());
+        assert_eq!(core.raised.vector, vector::UD);
+    }
+
+    #[test]
+    fn sysenter_goes_in_and_sysexit_back() {
+        let mut core = system();
+        core.system_flags |= flag::IF;
+        assert_eq!(sysenter(&mut core, &insn()), Ok(()));
+        assert_eq!((core.rip(), core.regs[gpr::RSP], core.cpl), (0x4567, 0x1f00, 0));
+        assert!(core.bits64() && core.system_flags & flag::IF == 0);
+        (core.regs[gpr::RCX], core.regs[gpr::RDX]) = (0x1_0000_0900, 0x1_0000_3333);
+        assert_eq!(sysexit(&mut core, &insn()), Ok(()));
+        assert_eq!((core.rip(), core.regs[gpr::RSP], core.cpl), (0x3333, 0x900, 3));
+        assert_eq!(
+            (core.code_size, core.segments[seg::CS].selector),
+            (CodeSize::Bits32, 0x1b)
+        );
+        assert!(sysexit(&mut core, &insn()).is_err());
+        core.msr.sysenter[0] = 3;
+        assert!(sysenter(&mut core, &insn()).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+    }
+}

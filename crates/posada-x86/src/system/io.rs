@@ -59,7 +59,7 @@ impl Core {
 
     /// A register as the address size sees it.
     fn address_register(&self, register: usize, insn: &Insn) -> u64 {
-        self.regs[register] & address_mask(insn)
+        self.regs[register] & insn.address_mask()
     }
 
     fn set_address_register(&mut self, register: usize, insn: &Insn, value: u64) {
@@ -106,14 +106,6 @@ impl Core {
     }
 }
 
-fn address_mask(insn: &Insn) -> u64 {
-    match insn.flags & (ADDRESS16 | ADDRESS32) {
-        ADDRESS16 => 0xffff,
-        ADDRESS32 => 0xffff_ffff,
-        _ => u64::MAX,
-    }
-}
-
 /// IN: the port is `imm`, or DX if that is all ones.
 pub fn input<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
     let port = core.port_of(insn);
@@ -151,4 +143,90 @@ pub fn outs<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
         core.port_write(port, value);
         Ok(())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::flag;
+    use crate::fault::vector;
+    use crate::system::tests::*;
+
+    /// With an I/O map behind the fixed part that closes port 11h alone.
+    fn mapped() -> Core {
+        let mut core = long_user();
+        core.store_system(TASK_STATE + MAP_OFFSET, 0x68u16).unwrap();
+        core.store_system(TASK_STATE + 0x68, 1u64 << 0x11).unwrap();
+        core
+    }
+
+    #[test]
+    fn the_map_decides_where_iopl_does_not() {
+        let mut core = mapped();
+        let mut insn = insn();
+        insn.imm = 0x10;
+        assert_eq!(input::<u8>(&mut core, &insn), Ok(()));
+        assert_eq!(core.regs[gpr::RAX], 0xff);
+        assert!(input::<u16>(&mut core, &insn).is_err(), "port 11h is closed");
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+        insn.imm = 0x18;
+        assert_eq!(output::<u32>(&mut core, &insn), Ok(()));
+        // Across the end of the map.
+        core.tr.limit = 0x6b;
+        assert!(output::<u8>(&mut core, &insn).is_err());
+        core.tr.limit = 0x6c;
+        assert_eq!(output::<u8>(&mut core, &insn), Ok(()));
+        core.tr.limit = 0x66;
+        assert!(
+            output::<u8>(&mut core, &insn).is_err(),
+            "a task segment too short for a map"
+        );
+        core.system_flags |= flag::IOPL;
+        assert_eq!(output::<u8>(&mut core, &insn), Ok(()));
+    }
+
+    #[test]
+    fn ports_come_from_dx() {
+        let mut core = mapped();
+        core.regs[gpr::RDX] = 0x12;
+        let mut insn = insn();
+        insn.imm = FROM_DX;
+        core.regs[gpr::RAX] = 0x1234_5678_9abc_def0;
+        assert_eq!(input::<u16>(&mut core, &insn), Ok(()));
+        assert_eq!(core.regs[gpr::RAX], 0x1234_5678_9abc_ffff);
+        core.regs[gpr::RDX] = 0x11;
+        assert!(input::<u8>(&mut core, &insn).is_err());
+    }
+
+    #[test]
+    fn repeated_input_runs_until_the_count_is_zero() {
+        let mut core = long();
+        let mut insn = insn();
+        insn.flags = REP;
+        core.regs[gpr::RCX] = 3;
+        core.regs[gpr::RDI] = 0x100;
+        for rip in [0x75, 0x75, 0x77] {
+            core.set_rip(0x77);
+            assert_eq!(ins::<u16>(&mut core, &insn), Ok(()));
+            assert_eq!(core.rip(), rip);
+        }
+        assert_eq!((core.regs[gpr::RCX], core.regs[gpr::RDI]), (0, 0x106));
+        assert_eq!(core.load::<u64>(0x100), Ok(0x0000_ffff_ffff_ffff));
+        assert_eq!(ins::<u16>(&mut core, &insn), Ok(()));
+        assert_eq!(core.regs[gpr::RDI], 0x106);
+        core.system_flags |= flag::DF;
+        core.regs[gpr::RSI] = 0x1_0000_0100;
+        insn.flags = ADDRESS32;
+        assert_eq!(outs::<u32>(&mut core, &insn), Ok(()));
+        assert_eq!(core.regs[gpr::RSI], 0xfc);
+    }
+
+    #[test]
+    fn a_faulting_store_takes_nothing() {
+        let mut core = long();
+        core.regs[gpr::RDI] = 0x1ffd;
+        assert!(ins::<u32>(&mut core, &insn()).is_err());
+        assert_eq!((core.raised.vector, core.raised.address), (vector::PF, 0x2000));
+        assert_eq!(core.regs[gpr::RDI], 0x1ffd);
+    }
 }

@@ -123,3 +123,145 @@ pub fn iret(core: &mut Core, insn: &Insn) -> Exec {
     core.unblock_nmi();
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::CodeSize;
+    use crate::insn::{OPERAND16, WIDE};
+    use crate::system::tests::*;
+
+    fn wide() -> Insn {
+        let mut insn = insn();
+        insn.flags = WIDE;
+        insn
+    }
+
+    #[test]
+    fn a_kernel_returns_to_64_bit_and_compatibility_mode() {
+        for (code, size) in [(USER_CODE, CodeSize::Bits64), (USER_CODE_32, CodeSize::Bits32)] {
+            let mut core = long();
+            let flags = flag::IF | flag::CF | flag::ID | 2;
+            push_all(
+                &mut core,
+                8,
+                &[USER_DATA.into(), 0x1_0000_5550, flags, code.into(), 0x4444],
+            );
+            assert_eq!(iret(&mut core, &wide()), Ok(()));
+            assert_eq!((core.rip(), core.cpl, core.code_size), (0x4444, 3, size));
+            let rsp = if code == USER_CODE { 0x1_0000_5550 } else { 0x5550 };
+            assert_eq!((core.regs[gpr::RSP], core.rflags()), (rsp, flags));
+            assert_eq!(core.segments[seg::SS].selector, USER_DATA);
+        }
+    }
+
+    #[test]
+    fn the_same_level_pops_a_stack_in_64_bit_mode() {
+        let mut core = long();
+        push_all(&mut core, 8, &[0, 0x1230, 2, KERNEL_CODE.into(), 0x4444]);
+        assert_eq!(iret(&mut core, &wide()), Ok(()));
+        assert_eq!((core.rip(), core.cpl, core.regs[gpr::RSP]), (0x4444, 0, 0x1230));
+        assert_eq!(core.segments[seg::SS].selector, 0);
+    }
+
+    #[test]
+    fn user_mode_cannot_raise_its_rights() {
+        let mut core = long_user();
+        let flags = flag::IOPL | flag::IF | flag::VIP | flag::AC | flag::ZF | 2;
+        push_all(
+            &mut core,
+            8,
+            &[USER_DATA.into(), 0x800, flags, USER_CODE.into(), 0x4444],
+        );
+        assert_eq!(iret(&mut core, &wide()), Ok(()));
+        assert_eq!(core.rflags(), flag::AC | flag::ZF | 2);
+        push_all(&mut core, 8, &[0, 0x800, 2, KERNEL_CODE.into(), 0x4444]);
+        assert!(iret(&mut core, &wide()).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(8)));
+    }
+
+    #[test]
+    fn faults_leave_everything_as_it_was() {
+        let user_data = u64::from(USER_DATA);
+        for (frame, expected) in [
+            ([user_data, 0, 2, USER_CODE.into(), 1 << 47], (vector::GP, Some(0))),
+            ([0, 0, 2, USER_CODE.into(), 0], (vector::GP, Some(0))),
+            (
+                [KERNEL_DATA.into(), 0, 2, USER_CODE.into(), 0],
+                (vector::GP, Some(0x10)),
+            ),
+            (
+                [(ABSENT | 3).into(), 0, 2, USER_CODE.into(), 0],
+                (vector::SS, Some(0x50)),
+            ),
+            ([user_data, 0, 2, (RESERVED | 3).into(), 0], (vector::GP, Some(0x78))),
+        ] {
+            let mut core = long();
+            push_all(&mut core, 8, &frame);
+            let before = core.state();
+            assert!(iret(&mut core, &wide()).is_err());
+            assert_eq!(raised(&core), expected);
+            assert_eq!(core.state(), before);
+        }
+    }
+
+    #[test]
+    fn there_are_no_nested_tasks_in_long_mode() {
+        let mut core = long();
+        core.system_flags |= flag::NT;
+        assert!(iret(&mut core, &wide()).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+    }
+
+    #[test]
+    fn protected_mode_keeps_its_stack_at_the_same_level() {
+        let mut core = protected(0);
+        push_all(&mut core, 4, &[flag::DF | 2, KERNEL_CODE_32.into(), 0x4444]);
+        assert_eq!(iret(&mut core, &insn()), Ok(()));
+        assert_eq!(
+            (core.rip(), core.regs[gpr::RSP], core.rflags()),
+            (0x4444, 0x800, flag::DF | 2)
+        );
+        push_all(&mut core, 4, &[USER_DATA.into(), 0x900, 2, USER_CODE_32.into(), 0x5555]);
+        assert_eq!(iret(&mut core, &insn()), Ok(()));
+        assert_eq!((core.rip(), core.regs[gpr::RSP], core.cpl), (0x5555, 0x900, 3));
+    }
+
+    #[test]
+    fn virtual_8086_mode_starts_from_level_0_and_is_left_through_the_idt() {
+        let mut core = protected(0);
+        let segments = [0x500, 0x400, 0x300, 0x200, 0x100];
+        let flags = flag::VM | flag::IOPL | flag::IF | 2;
+        push_all(&mut core, 4, &segments);
+        push_all(&mut core, 4, &[0x700, flags, 0x1000, 0x10]);
+        assert_eq!(iret(&mut core, &insn()), Ok(()));
+        assert_eq!((core.cpl, core.rip(), core.code_size), (3, 0x10, CodeSize::Bits16));
+        assert!(core.virtual_8086());
+        assert_eq!(core.segments[seg::CS].base, 0x1_0000);
+        assert_eq!(
+            (core.segments[seg::SS].selector, core.segments[seg::GS].selector),
+            (0x100, 0x500)
+        );
+        // In it, with IOPL 3, IRET is that of real mode.
+        push_all(&mut core, 2, &[0x3002, 0x2000, 0x20]);
+        let mut narrow = insn();
+        narrow.flags = OPERAND16;
+        assert_eq!(iret(&mut core, &narrow), Ok(()));
+        assert_eq!(
+            (core.rip(), core.segments[seg::CS].base, core.regs[gpr::RSP]),
+            (0x20, 0x2_0000, 0x700)
+        );
+        assert!(core.virtual_8086());
+        core.system_flags &= !flag::IOPL;
+        assert!(iret(&mut core, &narrow).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+        // An interrupt goes to level 0, with all segments on its stack.
+        (core.idtr.base, core.idtr.limit) = (0x200, 0xfff);
+        core.store_system(0x200u64 + 0x40 * 8, 0x0000_8e00_0068_4321u64)
+            .unwrap();
+        core.interrupt(0x40);
+        assert_eq!((core.cpl, core.rip(), core.regs[gpr::RSP]), (0, 0x4321, 0xe00 - 36));
+        assert_eq!(iret(&mut core, &insn()), Ok(()));
+        assert!(core.virtual_8086() && core.rip() == 0x20);
+    }
+}

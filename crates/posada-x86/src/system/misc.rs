@@ -166,3 +166,75 @@ pub fn clflush(core: &mut Core, insn: &Insn) -> Exec {
     core.host_range(linear, 1, false)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::seg;
+    use crate::system::tests::*;
+
+    #[test]
+    fn the_counter_may_be_kept_from_users() {
+        let mut core = long_user();
+        assert_eq!(rdtsc(&mut core, &insn()), Ok(()));
+        let tsc = |core: &Core| core.regs[gpr::RDX] << 32 | core.regs[gpr::RAX];
+        let before = tsc(&core);
+        core.msr.tsc_aux = 7;
+        assert_eq!(rdtscp(&mut core, &insn()), Ok(()));
+        assert!(tsc(&core) > before && core.regs[gpr::RCX] == 7);
+        core.cr[4] |= 1 << 2;
+        assert!(rdtsc(&mut core, &insn()).is_err());
+        assert!(rdtscp(&mut core, &insn()).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+    }
+
+    #[test]
+    fn random_numbers_differ_and_set_only_carry() {
+        if !features().rdrand {
+            return;
+        }
+        let mut core = long();
+        let mut insn = insn();
+        insn.flags = WIDE;
+        let mut numbers = [0; 4];
+        for number in &mut numbers {
+            core.set_arithmetic(flag::ARITHMETIC & !flag::CF);
+            assert_eq!(rdrand(&mut core, &insn), Ok(()));
+            assert_eq!(core.rflags() & flag::ARITHMETIC, flag::CF);
+            *number = core.regs[gpr::RAX];
+        }
+        assert!(numbers.iter().any(|&number| number != numbers[0]));
+        core.put_random(&insn, None);
+        assert_eq!((core.regs[gpr::RAX], core.rflags() & flag::ARITHMETIC), (0, 0));
+    }
+
+    #[test]
+    fn bases_need_cr4_and_canonical_addresses() {
+        let mut core = long_user();
+        let mut insn = insn();
+        insn.reg = seg::GS as u8;
+        insn.flags = WIDE;
+        assert!(read_base(&mut core, &insn).is_err());
+        assert_eq!(core.raised.vector, vector::UD);
+        core.cr[4] |= 1 << 16;
+        core.regs[gpr::RAX] = 0x7fff_1234_5678;
+        assert_eq!(write_base(&mut core, &insn), Ok(()));
+        insn.flags = 0;
+        assert_eq!(read_base(&mut core, &insn), Ok(()));
+        assert_eq!(core.regs[gpr::RAX], 0x1234_5678);
+        insn.flags = WIDE;
+        core.regs[gpr::RAX] = 1 << 47;
+        assert!(write_base(&mut core, &insn).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+        assert_eq!(core.segments[seg::GS].base, 0x7fff_1234_5678);
+    }
+
+    #[test]
+    fn cpuid_clears_the_upper_halves() {
+        let mut core = long();
+        core.regs = [u64::MAX; 18];
+        core.regs[gpr::RAX] = 0x8000_0000;
+        assert_eq!(cpuid(&mut core, &insn()), Ok(()));
+        assert_eq!(core.regs[..4], [0x8000_0008, 0, 0, 0]);
+    }
+}

@@ -271,3 +271,161 @@ pub fn arpl<D: Place>(core: &mut Core, insn: &Insn) -> Exec {
     core.set_zero_flag(raised);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::insn::WIDE;
+    use crate::system::tests::*;
+
+    fn load(core: &mut Core, number: usize, selector: u16) -> Exec {
+        let mut insn = insn();
+        insn.reg = number as u8;
+        core.regs[gpr::RAX] = selector.into();
+        load_segment::<Rm>(core, &insn)
+    }
+
+    #[test]
+    fn loads_check_type_privilege_and_presence() {
+        let mut core = long_user();
+        for (number, selector, vector, error) in [
+            (seg::DS, KERNEL_DATA, vector::GP, 0x10),
+            (seg::DS, TASK, vector::GP, 0x30),
+            (seg::ES, 0x98, vector::GP, 0x98),
+            (seg::FS, 0x0c, vector::GP, 0x0c),
+            (seg::DS, ABSENT | 3, vector::NP, 0x50),
+            (seg::SS, ABSENT | 3, vector::SS, 0x50),
+            (seg::SS, USER_CODE, vector::GP, 0x28),
+            (seg::SS, USER_DATA & !3, vector::GP, 0x20),
+            (seg::SS, 3, vector::GP, 0),
+        ] {
+            let before = core.segments;
+            assert!(load(&mut core, number, selector).is_err(), "{selector:#x}");
+            assert_eq!(raised(&core), (vector, Some(error)), "{selector:#x}");
+            assert_eq!(core.segments, before);
+        }
+        assert_eq!(load(&mut core, seg::DS, USER_DATA), Ok(()));
+        assert_eq!(core.segments[seg::DS], core.segments[seg::SS]);
+        assert_eq!(load(&mut core, seg::ES, CONFORMING), Ok(()));
+        assert_eq!(load(&mut core, seg::ES, 3), Ok(()));
+        assert!(!core.segments[seg::ES].present());
+    }
+
+    #[test]
+    fn a_load_sets_the_accessed_bit() {
+        let mut core = long();
+        assert_eq!(load(&mut core, seg::FS, FRESH), Ok(()));
+        assert_eq!(core.segments[seg::FS].access, 0xc093);
+        assert_eq!(core.load::<u64>(TABLE + u64::from(FRESH)), Ok(0x00cf_9300_0000_ffff));
+    }
+
+    #[test]
+    fn a_load_of_ss_holds_interrupts_off_and_may_be_null_in_64_bit_kernels() {
+        let mut core = long();
+        assert_eq!(load(&mut core, seg::SS, 0), Ok(()));
+        assert!(core.interrupt_shadow && core.cpl == 0);
+        let mut core = protected(0);
+        assert!(load(&mut core, seg::SS, 0).is_err());
+        assert!(!core.interrupt_shadow);
+    }
+
+    #[test]
+    fn real_mode_loads_paragraphs() {
+        let mut core = protected(0);
+        core.cr[0] = 0x10;
+        core.update_mode();
+        assert_eq!(load(&mut core, seg::DS, 0x1234), Ok(()));
+        // The limit stays: "unreal mode".
+        let segment = core.segments[seg::DS];
+        assert_eq!((segment.base, segment.limit), (0x1_2340, u32::MAX));
+        assert!(verr::<Rm>(&mut core, &insn()).is_err());
+        assert_eq!(core.raised.vector, vector::UD);
+    }
+
+    #[test]
+    fn a_failing_pop_leaves_the_stack() {
+        let mut core = long_user();
+        push_all(&mut core, 8, &[KERNEL_DATA.into()]);
+        let (mut insn, rsp) = (insn(), core.regs[gpr::RSP]);
+        insn.reg = seg::FS as u8;
+        assert!(pop_segment(&mut core, &insn).is_err());
+        assert_eq!(core.regs[gpr::RSP], rsp);
+        core.store(rsp, u64::from(USER_DATA)).unwrap();
+        assert_eq!(pop_segment(&mut core, &insn), Ok(()));
+        assert_eq!(
+            (core.segments[seg::FS].selector, core.regs[gpr::RSP]),
+            (USER_DATA, 0x800)
+        );
+        assert_eq!(push_segment(&mut core, &insn), Ok(()));
+        assert_eq!(core.load::<u64>(0x7f8), Ok(USER_DATA.into()));
+    }
+
+    #[test]
+    fn far_pointers_load_both_halves_or_none() {
+        let mut core = protected(3);
+        core.store(0u64, 0x1122_3344u32).unwrap();
+        core.store(4u64, KERNEL_DATA).unwrap();
+        let mut insn = insn();
+        insn.extra = seg::GS as u32;
+        assert!(load_far_pointer(&mut core, &insn).is_err());
+        assert_eq!(core.regs[gpr::RAX], 0);
+        core.store(4u64, USER_DATA).unwrap();
+        assert_eq!(load_far_pointer(&mut core, &insn), Ok(()));
+        assert_eq!(
+            (core.regs[gpr::RAX], core.segments[seg::GS].selector),
+            (0x1122_3344, USER_DATA)
+        );
+    }
+
+    #[test]
+    fn stores_are_as_wide_as_their_place() {
+        let mut core = long();
+        let mut insn = insn();
+        insn.reg = seg::SS as u8;
+        for (flags, expected) in [(OPERAND16, 0xffff_ffff_ffff_0010), (0, 0x10), (WIDE, 0x10)] {
+            core.regs[gpr::RAX] = u64::MAX;
+            insn.flags = flags;
+            assert_eq!(store_segment::<Rm>(&mut core, &insn), Ok(()));
+            assert_eq!(core.regs[gpr::RAX], expected);
+        }
+        core.store(0u64, u32::MAX).unwrap();
+        assert_eq!(store_segment::<Mem>(&mut core, &insn), Ok(()));
+        assert_eq!(core.load::<u32>(0), Ok(0xffff_0010));
+    }
+
+    #[test]
+    fn descriptors_answer_who_may_see_them() {
+        let mut core = long_user();
+        let mut ask = |run: fn(&mut Core, &Insn) -> Exec, selector: u16| {
+            core.regs[gpr::RAX] = selector.into();
+            run(&mut core, &insn()).unwrap();
+            (core.rflags() & flag::ZF != 0).then_some(core.regs[gpr::RAX])
+        };
+        assert_eq!(ask(lar::<Rm>, USER_DATA), Some(0xc0_f300));
+        assert_eq!(ask(lar::<Rm>, KERNEL_DATA), None);
+        assert_eq!(ask(lar::<Rm>, CONFORMING), Some(0xa0_9f00));
+        assert_eq!(ask(lar::<Rm>, 0), None);
+        assert_eq!(ask(lar::<Rm>, 0x1000), None);
+        assert_eq!(ask(lsl::<Rm>, USER_DATA), Some(0xffff_ffff));
+        assert_eq!(ask(lsl::<Rm>, GATE), None);
+        assert_eq!(ask(lar::<Rm>, GATE), Some(0xec00));
+        assert!(ask(verr::<Rm>, USER_CODE).is_some());
+        assert!(ask(verw::<Rm>, USER_CODE).is_none());
+        assert!(ask(verw::<Rm>, USER_DATA).is_some());
+        assert!(ask(verr::<Rm>, KERNEL_DATA).is_none());
+        assert!(ask(verr::<Rm>, GATE).is_none());
+    }
+
+    #[test]
+    fn arpl_raises_the_requested_level() {
+        let mut core = protected(0);
+        core.regs[gpr::RAX] = 0x10;
+        core.regs[gpr::RCX] = 0x23;
+        let mut insn = insn();
+        insn.reg = 8;
+        assert_eq!(arpl::<Rm>(&mut core, &insn), Ok(()));
+        assert_eq!((core.regs[gpr::RAX], core.rflags() & flag::ZF), (0x13, flag::ZF));
+        assert_eq!(arpl::<Rm>(&mut core, &insn), Ok(()));
+        assert_eq!((core.regs[gpr::RAX], core.rflags() & flag::ZF), (0x13, 0));
+    }
+}

@@ -132,3 +132,101 @@ pub fn lidt(core: &mut Core, insn: &Insn) -> Exec {
     core.idtr = load_table(core, insn)?;
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::gpr;
+    use crate::operand::{Mem, Rm};
+    use crate::system::tests::*;
+
+    fn with(core: &mut Core, selector: u16) -> Insn {
+        core.regs[gpr::RAX] = selector.into();
+        insn()
+    }
+
+    #[test]
+    fn ltr_takes_an_available_task_and_makes_it_busy() {
+        let mut core = long();
+        let insn = with(&mut core, TASK);
+        assert_eq!(ltr::<Rm>(&mut core, &insn), Ok(()));
+        assert_eq!((core.tr.base, core.tr.limit, core.tr.access), (TASK_STATE, 0x1ff, 0x8b));
+        assert_eq!(core.load::<u8>(TABLE + 0x35), Ok(0x8b));
+        assert!(ltr::<Rm>(&mut core, &insn).is_err(), "busy");
+        assert_eq!(raised(&core), (vector::GP, Some(0x30)));
+        for selector in [0, KERNEL_DATA, TASK | 4, LOCAL] {
+            let insn = with(&mut core, selector);
+            assert!(ltr::<Rm>(&mut core, &insn).is_err());
+            assert_eq!(raised(&core), (vector::GP, Some(selector.into())));
+        }
+    }
+
+    #[test]
+    fn a_long_mode_descriptor_has_a_64_bit_base() {
+        let mut core = long();
+        core.store(TABLE + 0x38, 0xffff_8000u64).unwrap();
+        let insn = with(&mut core, TASK);
+        assert_eq!(ltr::<Rm>(&mut core, &insn), Ok(()));
+        assert_eq!(core.tr.base, 0xffff_8000_0000_1800);
+        core.store(TABLE + 0x35, 0x89u8).unwrap();
+        core.store(TABLE + 0x38, 0x8000u64).unwrap();
+        assert!(ltr::<Rm>(&mut core, &insn).is_err(), "not canonical");
+        core.store(TABLE + 0x38, 1u64 << 40).unwrap();
+        assert!(ltr::<Rm>(&mut core, &insn).is_err(), "a type above");
+    }
+
+    #[test]
+    fn lldt_takes_a_table_or_none() {
+        let mut core = long();
+        let insn = with(&mut core, LOCAL);
+        assert_eq!(lldt::<Rm>(&mut core, &insn), Ok(()));
+        assert_eq!((core.ldtr.base, core.ldtr.limit), (0x1c00, 7));
+        core.store(0x1c00u64, 0x00cf_f300_0000_ffffu64).unwrap();
+        assert_eq!(core.load_segment(crate::core::seg::DS, 7), Ok(()));
+        assert_eq!(sldt::<Rm>(&mut core, &insn), Ok(()));
+        assert_eq!(core.regs[gpr::RAX], u64::from(LOCAL));
+        let insn = with(&mut core, 0);
+        assert_eq!(lldt::<Rm>(&mut core, &insn), Ok(()));
+        assert!(core.load_segment(crate::core::seg::DS, 7).is_err(), "the table is gone");
+        let insn = with(&mut core, TASK);
+        assert!(lldt::<Rm>(&mut core, &insn).is_err());
+    }
+
+    #[test]
+    fn tables_have_the_size_of_the_mode() {
+        let mut core = long();
+        core.gdtr.base = 0xffff_8000_1234_5678;
+        assert_eq!(sgdt(&mut core, &insn()), Ok(()));
+        assert_eq!(core.load::<u64>(2), Ok(0xffff_8000_1234_5678));
+        core.gdtr = DescriptorTable::default();
+        assert_eq!(lgdt(&mut core, &insn()), Ok(()));
+        assert_eq!((core.gdtr.base, core.gdtr.limit), (0xffff_8000_1234_5678, 0x8f));
+        core.store(2u64, 1u64 << 47).unwrap();
+        assert!(lidt(&mut core, &insn()).is_err());
+
+        let mut core = protected(0);
+        core.store(0u64, 0x1122_3344_5566_7788u64).unwrap();
+        assert_eq!(lidt(&mut core, &insn()), Ok(()));
+        assert_eq!((core.idtr.base, core.idtr.limit), (0x3344_5566, 0x7788));
+        let mut narrow = insn();
+        narrow.flags = OPERAND16;
+        assert_eq!(lidt(&mut core, &narrow), Ok(()));
+        assert_eq!(core.idtr.base, 0x44_5566);
+        assert_eq!(sidt(&mut core, &insn()), Ok(()));
+        assert_eq!(core.load::<u64>(0), Ok(0x1122_0044_5566_7788));
+    }
+
+    #[test]
+    fn users_see_tables_unless_umip_hides_them() {
+        let mut core = long_user();
+        assert_eq!(sgdt(&mut core, &insn()), Ok(()));
+        assert_eq!(str::<Mem>(&mut core, &insn()), Ok(()));
+        core.cr[4] |= 1 << 11;
+        let stores: [crate::insn::Handler; 4] = [sgdt, sidt, sldt::<Rm>, str::<Rm>];
+        for store in stores {
+            assert!(store(&mut core, &insn()).is_err());
+            assert_eq!(raised(&core), (vector::GP, Some(0)));
+        }
+        assert!(lgdt(&mut core, &insn()).is_err());
+    }
+}
