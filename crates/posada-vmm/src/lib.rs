@@ -8,4 +8,6 @@ pub mod layout;
 pub mod machine;
 pub mod notify;
 mod resident;
+#[cfg(test)]
+mod testing;
 pub mod vm;

@@ -17,6 +17,10 @@ mod input;
 mod linux;
 mod multiboot;
 mod pvh;
+#[cfg(test)]
+mod testing;
+#[cfg(test)]
+mod tests;
 mod unpack;
 
 pub use input::Input;
