@@ -1,6 +1,10 @@
 //! What the tests share: directories that go away, random numbers with a fixed seed, and processors that do what a test
 //! says.
 
+use crate::boot::testing::{Segment, elf64};
+use crate::console::ConsoleConfig;
+use crate::control::Control;
+use crate::vm::{self, Config, Report};
 use posada_engine::{Counters, CpuState, DebugControl, Engine, Error, Exit, Kick, Machine, Msi, MsiSink, Vcpu};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -47,6 +51,37 @@ impl Drop for TempDir {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// A VM in `dir` with a kernel that only fake vCPUs can run. They begin at [`ENTRY`].
+pub fn config(dir: &TempDir) -> Config {
+    let kernel = elf64(&[Segment(0x10_0000, b"kernel", 0x1000)], Some(ENTRY as u32));
+    Config {
+        kernel: dir.file("kernel", &kernel),
+        initramfs: None,
+        cmdline: String::new(),
+        disks: Vec::new(),
+        cpus: 1,
+        memory: 4 << 20,
+        console: ConsoleConfig::None,
+        virtio_console: false,
+        gdb: None,
+        debug_exit: true,
+        no_reboot: false,
+    }
+}
+
+/// Where vCPU 0 begins.
+pub const ENTRY: u64 = 0x10_0040;
+
+/// Runs a VM whose vCPUs do what `program` says.
+pub fn run(
+    config: &Config,
+    control: &Arc<Control>,
+    program: impl Fn(u32, u64, &dyn Machine) -> Step + Send + Sync + 'static,
+) -> Result<Report, vm::Error> {
+    let program: Program = Arc::new(program);
+    vm::run(config, &|_, _| Ok(Arc::new(FakeEngine(program.clone()))), control)
 }
 
 /// xorshift64*.

@@ -258,3 +258,6 @@ fn run_cpu(life: &Life, index: usize, control: &Control) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -18,7 +18,7 @@ mod linux;
 mod multiboot;
 mod pvh;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod unpack;

@@ -1,7 +1,7 @@
 //! Kernels made for tests.
 
 /// A segment: physical address, content, size in memory.
-pub(super) struct Segment<'a>(pub u64, pub &'a [u8], pub u64);
+pub(crate) struct Segment<'a>(pub u64, pub &'a [u8], pub u64);
 
 fn note(entry: u32) -> Vec<u8> {
     let mut note = Vec::new();
@@ -18,7 +18,7 @@ fn note(entry: u32) -> Vec<u8> {
 
 /// A 64-bit ELF file, with a PVH note if there is an `entry`. Virtual addresses are 0xffff_8000_0000_0000 above physical
 /// ones; the ELF entry is the first segment's start.
-pub(super) fn elf64(segments: &[Segment<'_>], entry: Option<u32>) -> Vec<u8> {
+pub(crate) fn elf64(segments: &[Segment<'_>], entry: Option<u32>) -> Vec<u8> {
     const VIRTUAL: u64 = 0xffff_8000_0000_0000;
     let notes = entry.map(note);
     let count = segments.len() + notes.iter().len();

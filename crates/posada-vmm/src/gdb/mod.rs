@@ -281,3 +281,6 @@ impl BlockingEventLoop for Loop {
         Ok(Some(MultiThreadStopReason::Signal(Signal::SIGINT)))
     }
 }
+
+#[cfg(test)]
+mod tests;
