@@ -1,3 +1,112 @@
-//! The `posada` command.
+//! The `posada` command. See `posada help`.
 
-fn main() {}
+mod doctor;
+mod engine;
+mod run;
+mod signals;
+mod size;
+mod summary;
+
+use clap::error::ErrorKind;
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+use tracing_subscriber::EnvFilter;
+
+/// Exit code of bad arguments and of everything else that keeps a command from doing its work.
+const FAILURE: u8 = 125;
+
+/// A hypervisor that brings its own virtual CPU.
+#[derive(Parser)]
+#[command(name = "posada", version, max_term_width = 110, after_help = AFTER_HELP)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const AFTER_HELP: &str = "POSADA_LOG says what is logged to standard error, for example POSADA_LOG=info or \
+POSADA_LOG=posada_vmm=debug. Without it warnings are.";
+
+#[derive(Subcommand)]
+enum Command {
+    Run(run::Arguments),
+    Doctor(doctor::Arguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::try_parse() {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            if error.use_stderr() && error.kind() != ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+                eprintln!("posada: {}", sentence(&error.render().to_string()));
+                return ExitCode::from(FAILURE);
+            }
+            let _ = error.print();
+            return ExitCode::from(if error.use_stderr() { FAILURE } else { 0 });
+        }
+    };
+    let filter = EnvFilter::try_from_env("POSADA_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
+    let result = match arguments.command {
+        Command::Run(arguments) => run::run(&arguments),
+        Command::Doctor(arguments) => doctor::run(&arguments),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("posada: {}", with_causes(&error));
+        ExitCode::from(FAILURE)
+    })
+}
+
+/// clap's explanation in one sentence: its first paragraph, and the way to more.
+fn sentence(text: &str) -> String {
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<&str> = paragraph.split_whitespace().collect();
+    let line = words.join(" ");
+    format!(
+        "{}; --help lists what there is",
+        line.strip_prefix("error: ").unwrap_or(&line)
+    )
+}
+
+/// An error and its causes in one line. Many errors say their cause themselves; it is not said again.
+fn with_causes(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .fold(String::new(), |line, cause| {
+            if line.contains(&cause) {
+                line
+            } else if line.is_empty() {
+                cause
+            } else {
+                format!("{line}: {cause}")
+            }
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let error = anyhow::anyhow!("no disk")
+            .context("cannot start: no disk; get one")
+            .context("run");
+        assert_eq!(with_causes(&error), "run: cannot start: no disk; get one");
+    }
+
+    #[test]
+    fn bad_arguments_are_one_sentence() {
+        let Err(error) = Arguments::try_parse_from(["posada", "run", "--kernel", "x", "--memory", "lots"]) else {
+            panic!("\"lots\" is a size");
+        };
+        let text = sentence(&error.render().to_string());
+        assert!(
+            !text.contains('\n') && text.contains("--memory") && text.contains("512M"),
+            "{text}"
+        );
+    }
+}

@@ -110,6 +110,17 @@ enum Direction {
 }
 
 impl Disk {
+    /// A second handle on the same disk and its lock, for a device that takes the place of this one's.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn try_clone(&self) -> io::Result<Self> {
+        Ok(Self {
+            file: self.file.try_clone()?,
+            ..*self
+        })
+    }
+
     /// True if writes are refused.
     pub fn read_only(&self) -> bool {
         self.read_only

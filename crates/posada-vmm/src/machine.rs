@@ -1,0 +1,189 @@
+//! The machine around the processors: which devices there are and where. Built anew for every life of a VM.
+//!
+//! To add a device, make it here and put it on a bus; a PCI device needs one [`PciRoot::add`].
+
+use crate::control::{Control, Ending};
+use crate::layout;
+use posada_devices::bus::{MmioBus, PortBus, RangeError};
+use posada_devices::pci::{Ecam, PciPorts, PciRoot, PciWindow};
+use posada_devices::power::{AcpiPower, KeyboardReset, PowerEvent, PowerSink};
+use posada_devices::serial::{Flush, Serial};
+use posada_devices::virtio::blk::{Blk, BlkDisk};
+use posada_devices::virtio::console::Console;
+use posada_devices::virtio::rng::Rng;
+use posada_devices::virtio::{VirtioDevice, VirtioPci};
+use posada_devices::{acpi, debug_exit, ioapic, pci, power, rtc, serial};
+use posada_engine::MsiSink;
+use posada_memory::GuestRam;
+use std::io::{self, Write};
+use std::sync::Arc;
+use vm_memory::{Bytes, GuestAddress};
+
+/// Why a machine cannot be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// More PCI devices than slots.
+    #[error("the VM has too many devices: {0}; give fewer --disk")]
+    Pci(#[from] pci::Error),
+    /// Two devices at the same place.
+    #[error("the machine's layout is broken: {0}")]
+    Range(#[from] RangeError),
+    /// The host lacks a resource.
+    #[error("cannot give the VM its {what}: {source}")]
+    Host {
+        /// What for.
+        what: &'static str,
+        /// The host's reason.
+        source: io::Error,
+    },
+}
+
+/// What differs from machine to machine.
+pub struct Parts<'a> {
+    /// Number of vCPUs.
+    pub cpus: u32,
+    /// Disks, in the order of their slots.
+    pub disks: &'a [BlkDisk],
+    /// Where COM1 prints, and when.
+    pub com1: (Box<dyn Write + Send>, Flush),
+    /// Where the virtio console prints, if there is to be one.
+    pub virtio_console: Option<Box<dyn Write + Send>>,
+    /// Have the debug-exit port.
+    pub debug_exit: bool,
+}
+
+/// The devices of one life.
+pub struct Machine {
+    ports: PortBus,
+    mmio: MmioBus,
+    ioapic: Arc<ioapic::IoApic>,
+    /// COM1.
+    pub com1: Arc<Serial>,
+    /// The virtio console.
+    pub console: Option<Arc<Console>>,
+}
+
+impl Machine {
+    /// Builds the devices and puts the ACPI tables into `ram`. Interrupts go to `sink`, the guest's endings to `control`.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn new(
+        parts: Parts<'_>,
+        ram: &Arc<GuestRam>,
+        sink: &Arc<dyn MsiSink>,
+        control: &Arc<Control>,
+    ) -> Result<Self, Error> {
+        let power = power_sink(control);
+        let (mut ports, mut mmio) = (PortBus::new(), MmioBus::new());
+
+        let ioapic = ioapic::IoApic::new(Arc::clone(sink));
+        mmio.insert(layout::IOAPIC..layout::IOAPIC + ioapic::SIZE, ioapic.clone())?;
+        let (writer, flush) = parts.com1;
+        let com1 = Serial::new(ioapic.line(layout::COM1_LINE), writer, flush);
+        let mut port = |first: u64, count, device| ports.insert(first..first + count, device);
+        port(layout::COM1_PORT.into(), serial::PORTS, com1.clone())?;
+        port(rtc::PORT, rtc::PORTS, Arc::new(rtc::Rtc::new()))?;
+        port(power::KEYBOARD_PORT, 1, Arc::new(KeyboardReset::new(power.clone())))?;
+        let acpi_power = Arc::new(AcpiPower::new(power.clone()));
+        port(layout::POWER_PORT.into(), power::ACPI_PORTS, acpi_power)?;
+        if parts.debug_exit {
+            let device = Arc::new(debug_exit::DebugExit::new(power.clone()));
+            port(debug_exit::PORT, debug_exit::PORTS, device)?;
+        }
+
+        let root = PciRoot::new(layout::PCI_WINDOW);
+        port(pci::PORT, pci::PORTS, Arc::new(PciPorts::new(root.clone(), power)))?;
+        mmio.insert(layout::ECAM, Arc::new(Ecam(root.clone())))?;
+        let window = PciWindow {
+            root: root.clone(),
+            base: layout::PCI_WINDOW.start,
+        };
+        mmio.insert(layout::PCI_WINDOW, Arc::new(window))?;
+        let add = |device: Arc<dyn VirtioDevice>| root.add(VirtioPci::new(device, Arc::clone(ram), Arc::clone(sink)));
+        for (index, disk) in parts.disks.iter().enumerate() {
+            let disk = disk
+                .try_clone()
+                .map_err(|source| Error::Host { what: "disk", source })?;
+            add(Blk::new(disk, &format!("disk{index}")))?;
+        }
+        let rng = Rng::new().map_err(|source| Error::Host {
+            what: "random numbers",
+            source,
+        })?;
+        add(Arc::new(rng))?;
+        let console = parts.virtio_console.map(|output| Console::new(output, None));
+        if let Some(console) = &console {
+            add(console.clone())?;
+        }
+
+        put_acpi(ram, parts.cpus)?;
+        Ok(Self {
+            ports,
+            mmio,
+            ioapic,
+            com1,
+            console,
+        })
+    }
+}
+
+fn power_sink(control: &Arc<Control>) -> PowerSink {
+    let control = Arc::clone(control);
+    Arc::new(move |event| {
+        control.end(match event {
+            PowerEvent::Off => Ending::PowerOff,
+            PowerEvent::Reset => Ending::Reset,
+            PowerEvent::Exit(code) => Ending::DebugExit(code),
+        });
+    })
+}
+
+fn put_acpi(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
+    let window = layout::PCI_WINDOW;
+    let tables = acpi::build(
+        cpus,
+        &acpi::Layout {
+            rsdp: layout::RSDP,
+            tables: layout::ACPI_TABLES,
+            lapic: layout::LAPIC as u32,
+            ioapic: layout::IOAPIC as u32,
+            ecam: layout::ECAM.start as u32,
+            pci_window: window.start as u32..window.end as u32,
+            power_port: layout::POWER_PORT,
+            com1: (layout::COM1_PORT, layout::COM1_LINE as u32),
+            power_button: None,
+        },
+    );
+    for (at, bytes) in tables {
+        ram.memory()
+            .write_slice(&bytes, GuestAddress(at))
+            .map_err(|error| Error::Host {
+                what: "ACPI tables",
+                source: io::Error::other(error),
+            })?;
+    }
+    Ok(())
+}
+
+impl posada_engine::Machine for Machine {
+    fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.ports.read(port, data);
+    }
+
+    fn port_write(&self, port: u16, data: &[u8]) {
+        self.ports.write(port, data);
+    }
+
+    fn mmio_read(&self, gpa: u64, data: &mut [u8]) {
+        self.mmio.read(gpa, data);
+    }
+
+    fn mmio_write(&self, gpa: u64, data: &[u8]) {
+        self.mmio.write(gpa, data);
+    }
+
+    fn end_of_interrupt(&self, vector: u8) {
+        self.ioapic.end_of_interrupt(vector);
+    }
+}

@@ -1,0 +1,263 @@
+//! One VM from its start to its end: builds lives, runs their vCPUs, begins anew after a reset.
+
+use crate::boot::{self, Source};
+use crate::console::{self, Console, ConsoleConfig, Sink};
+use crate::control::{Control, Ending, Life};
+use crate::machine::{self, Machine, Parts};
+use crate::{gdb, resident};
+use posada_devices::virtio::blk::{BlkDisk, DiskError, open_disk};
+use posada_engine::{CpuState, Engine, Exit};
+use posada_memory::GuestRam;
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+/// The most vCPUs.
+pub const MAX_CPUS: u32 = 8;
+
+/// Makes the processors of a life: RAM, number of vCPUs.
+pub type MakeEngine<'a> = &'a dyn Fn(Arc<GuestRam>, u32) -> Result<Arc<dyn Engine>, posada_engine::Error>;
+
+/// A disk as the user names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// Raw image or block device.
+    pub path: PathBuf,
+    /// The guest may not write.
+    pub read_only: bool,
+}
+
+/// What VM to run.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Kernel image.
+    pub kernel: PathBuf,
+    /// Initial RAM file system or first module.
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Disks.
+    pub disks: Vec<DiskConfig>,
+    /// Number of vCPUs, 1 to [`MAX_CPUS`].
+    pub cpus: u32,
+    /// Bytes of RAM.
+    pub memory: u64,
+    /// The console.
+    pub console: ConsoleConfig,
+    /// Have a virtio console too, which then takes the input.
+    pub virtio_console: bool,
+    /// Where gdb can attach.
+    pub gdb: Option<gdb::Address>,
+    /// Have the debug-exit port.
+    pub debug_exit: bool,
+    /// End instead of beginning anew when the guest resets.
+    pub no_reboot: bool,
+}
+
+/// How a VM went.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// Why it ended.
+    pub ending: Ending,
+    /// Guest instructions of all vCPUs and lives.
+    pub instructions: u64,
+    /// Resets.
+    pub reboots: u64,
+    /// Bytes of guest RAM that the host has really given, at the end.
+    pub touched: u64,
+}
+
+/// Why a VM cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a possible number of vCPUs.
+    #[error("a VM has 1 to {MAX_CPUS} CPUs, not {0}; change --cpus")]
+    Cpus(u32),
+    /// Not a possible size of memory.
+    #[error("a VM cannot have {0} bytes of memory; give a multiple of 4 KiB as --memory, for example 512M")]
+    MemorySize(u64),
+    /// The host cannot give the memory.
+    #[error(transparent)]
+    Memory(#[from] posada_memory::Error),
+    /// Kernel or initramfs.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// The console.
+    #[error(transparent)]
+    Console(#[from] console::Error),
+    /// A device.
+    #[error(transparent)]
+    Machine(#[from] machine::Error),
+    /// The processors.
+    #[error(transparent)]
+    Engine(#[from] posada_engine::Error),
+    /// gdb's address.
+    #[error(transparent)]
+    Gdb(#[from] gdb::Error),
+    /// The host gives no thread.
+    #[error("the host gives no thread for a vCPU: {0}; stop other programs or use fewer --cpus")]
+    Thread(io::Error),
+}
+
+/// Runs a VM to its end, which `control` can bring about at any time.
+///
+/// # Errors
+/// [`Error`], each a sentence for the user. Nothing of the VM is left then.
+pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>) -> Result<Report, Error> {
+    if !(1..=MAX_CPUS).contains(&config.cpus) {
+        return Err(Error::Cpus(config.cpus));
+    }
+    if config.memory == 0 || !config.memory.is_multiple_of(posada_memory::PAGE_SIZE) {
+        return Err(Error::MemorySize(config.memory));
+    }
+    let source = Source::open(&config.kernel, config.initramfs.as_deref(), &config.cmdline)?;
+    let disks = config
+        .disks
+        .iter()
+        .map(|disk| open_disk(&disk.path, disk.read_only))
+        .collect::<Result<Vec<BlkDisk>, DiskError>>()?;
+    // Everything that can be wrong with the kernel comes out before the console or gdb's socket are touched.
+    let mut booted = Some(boot(config, &source)?);
+    let gdb = config.gdb.as_ref().map(gdb::Listener::bind).transpose()?;
+    let console = Console::open(&config.console, control)?;
+    let _gdb = gdb.map(|listener| listener.serve(control.clone())).transpose()?;
+
+    let mut report = Report {
+        ending: Ending::Reset,
+        instructions: 0,
+        reboots: 0,
+        touched: 0,
+    };
+    loop {
+        let (ram, entry) = match booted.take() {
+            Some(booted) => booted,
+            None => boot(config, &source)?,
+        };
+        let life = Life::new(config, &disks, &console, ram, &entry, make_engine, control)?;
+        report.ending = live(&life, control)?;
+        console.connect(None);
+        report.instructions += life.instructions();
+        report.touched = resident::of(&life.ram);
+        if report.ending != Ending::Reset || config.no_reboot {
+            return Ok(report);
+        }
+        report.reboots += 1;
+        tracing::info!(reboots = report.reboots, "the guest reset itself");
+    }
+}
+
+fn boot(config: &Config, source: &Source) -> Result<(Arc<GuestRam>, CpuState), Error> {
+    let ram = Arc::new(GuestRam::new(config.memory)?);
+    resident::keep_apart(&ram);
+    let entry = source.load(&ram)?;
+    Ok((ram, entry))
+}
+
+impl Life {
+    fn new(
+        config: &Config,
+        disks: &[BlkDisk],
+        console: &Console,
+        ram: Arc<GuestRam>,
+        entry: &CpuState,
+        make_engine: MakeEngine<'_>,
+        control: &Arc<Control>,
+    ) -> Result<Arc<Self>, Error> {
+        let engine = make_engine(ram.clone(), config.cpus)?;
+        let virtio_console = config.virtio_console.then(|| console.writer()).transpose();
+        let parts = Parts {
+            cpus: config.cpus,
+            disks,
+            com1: console.writer().map_err(console::Error::Stdio)?,
+            virtio_console: virtio_console.map_err(console::Error::Stdio)?.map(|(writer, _)| writer),
+            debug_exit: config.debug_exit,
+        };
+        let machine = Arc::new(Machine::new(parts, &ram, &engine.msi_sink(), control)?);
+        let mut cpus = Vec::new();
+        for index in 0..config.cpus {
+            cpus.push(engine.create_vcpu(index, machine.clone())?);
+        }
+        cpus[0].set_state(entry)?;
+        console.connect(Some(match &machine.console {
+            Some(console) => Sink::Virtio(console.clone()),
+            None => Sink::Com1(machine.com1.clone()),
+        }));
+        Ok(Arc::new(Self {
+            ram,
+            kicks: cpus.iter().map(|cpu| cpu.kicker()).collect(),
+            cpus: cpus.into_iter().map(Mutex::new).collect(),
+        }))
+    }
+
+    fn instructions(&self) -> u64 {
+        let count = |cpu: &Mutex<Box<dyn posada_engine::Vcpu>>| match cpu.lock() {
+            Ok(cpu) => cpu.counters().instructions,
+            Err(poisoned) => poisoned.into_inner().counters().instructions,
+        };
+        self.cpus.iter().map(count).sum()
+    }
+}
+
+/// Runs a life to its end.
+fn live(life: &Arc<Life>, control: &Control) -> Result<Ending, Error> {
+    control.begin(life.clone());
+    let result = thread::scope(|scope| {
+        for index in 0..life.cpus.len() {
+            let spawned = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn_scoped(scope, move || {
+                    let _end = EndOnPanic(control);
+                    run_cpu(life, index, control);
+                });
+            if let Err(error) = spawned {
+                control.end(Ending::Failed);
+                return Err(Error::Thread(error));
+            }
+        }
+        Ok(control.wait())
+    });
+    control.finish();
+    result
+}
+
+/// A vCPU that panics must not leave the others, and the user, waiting.
+struct EndOnPanic<'a>(&'a Control);
+
+impl Drop for EndOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.end(Ending::Failed);
+        }
+    }
+}
+
+/// A vCPU's thread.
+fn run_cpu(life: &Life, index: usize, control: &Control) {
+    let mut set = posada_engine::DebugControl::default();
+    while let Some(debug) = control.enter(index) {
+        let exit = {
+            let mut cpu = life.cpus[index]
+                .lock()
+                .expect("who locks a vCPU of a paused VM does not panic");
+            if debug != set {
+                cpu.set_debug(&debug);
+                set = debug;
+            }
+            cpu.run()
+        };
+        control.leave(index, exit == Exit::Debug);
+        if let Exit::TripleFault(report) = exit {
+            control.end(Ending::Crash {
+                cpu: index as u32,
+                report,
+            });
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

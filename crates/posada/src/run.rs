@@ -1,0 +1,216 @@
+//! `posada run`: one VM in this process.
+
+use crate::{engine, signals, size, summary};
+use clap::{Args, ValueEnum};
+use posada_vmm::console::ConsoleConfig;
+use posada_vmm::control::{Control, Ending};
+use posada_vmm::gdb::Address;
+use posada_vmm::vm::{self, Config, DiskConfig};
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::Instant;
+
+/// Exit code when a vCPU has shut down. Even, so that no debug exit can give it.
+const CRASHED: u8 = 2;
+/// Exit code when a thread of ours has panicked.
+const FAILED: u8 = 126;
+
+const AFTER_HELP: &str = "\
+Console on a terminal: Ctrl-A x ends the VM, Ctrl-A h lists commands, Ctrl-A Ctrl-A sends Ctrl-A.
+
+Exit codes:
+  0           the guest powered off, or reset with --no-reboot, or you left by Ctrl-A x
+  2           the guest crashed (triple fault); its registers are on standard error
+  (v << 1)|1  the guest wrote v to the debug-exit port
+  125         bad arguments, or the VM cannot start
+  126         an error in Posada itself
+  128+n       ended by signal n
+
+Example:
+  posada run --kernel vmlinuz --initramfs initrd.img --disk debian.raw --cpus 2 --memory 512M \\
+      --cmdline 'console=ttyS0 root=/dev/vda'";
+
+/// Run a VM until it ends
+#[derive(Args)]
+#[command(after_help = AFTER_HELP)]
+pub struct Arguments {
+    /// Kernel: Linux bzImage, ELF with a PVH note, or multiboot 1
+    #[arg(long, value_name = "PATH")]
+    kernel: PathBuf,
+
+    /// Initial RAM file system; the first module of a multiboot kernel
+    #[arg(long, value_name = "PATH")]
+    initramfs: Option<PathBuf>,
+
+    /// Kernel command line [default: console=ttyS0, with --virtio-console console=hvc0 too]
+    #[arg(long, value_name = "TEXT")]
+    cmdline: Option<String>,
+
+    /// Raw disk image or block device, as /dev/vda, /dev/vdb and so on; ,ro behind the path forbids writes
+    #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = clap::value_parser!(std::ffi::OsString))]
+    disks: Vec<std::ffi::OsString>,
+
+    /// Number of virtual CPUs, 1 to 8
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u32,
+
+    /// Guest memory, as in 512M or 2GiB; the host gives it only as the guest touches it
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::parse)]
+    memory: u64,
+
+    /// What the guest's serial port COM1 is connected to: stdio, file:PATH or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    console: Console,
+
+    /// Have a virtio console (hvc0) too; it prints to the same place and takes the input instead of COM1
+    #[arg(long)]
+    virtio_console: bool,
+
+    /// Let gdb attach here: PORT, HOST:PORT or a socket's path (with a slash)
+    #[arg(long, value_name = "ADDRESS")]
+    gdb: Option<Address>,
+
+    /// How guest code runs
+    #[arg(long, value_enum, default_value_t = Accelerator::Emulate)]
+    accel: Accelerator,
+
+    /// Have the port 0xf4, through which a test kernel ends the VM with an exit code
+    #[arg(long)]
+    debug_exit: bool,
+
+    /// End when the guest resets, instead of starting it again
+    #[arg(long)]
+    no_reboot: bool,
+
+    /// At the end write what the run has cost to this file, as JSON
+    #[arg(long, value_name = "PATH")]
+    summary: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Accelerator {
+    /// The software CPU
+    Emulate,
+}
+
+#[derive(Clone)]
+struct Console(ConsoleConfig);
+
+impl FromStr for Console {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Ok(Self(match text.split_once(':') {
+            None if text == "stdio" => ConsoleConfig::Stdio,
+            None if text == "none" => ConsoleConfig::None,
+            Some(("file", path)) if !path.is_empty() => ConsoleConfig::File(path.into()),
+            _ => return Err("use stdio, file:PATH or none".into()),
+        }))
+    }
+}
+
+fn disk(text: &OsStr) -> DiskConfig {
+    let bytes = text.as_bytes();
+    let (path, read_only) = match bytes.strip_suffix(b",ro") {
+        Some(path) => (path, true),
+        None => (bytes, false),
+    };
+    DiskConfig {
+        path: OsStr::from_bytes(path).into(),
+        read_only,
+    }
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let default_cmdline = if arguments.virtio_console {
+        "console=ttyS0 console=hvc0"
+    } else {
+        "console=ttyS0"
+    };
+    let config = Config {
+        kernel: arguments.kernel.clone(),
+        initramfs: arguments.initramfs.clone(),
+        cmdline: arguments.cmdline.clone().unwrap_or_else(|| default_cmdline.into()),
+        disks: arguments.disks.iter().map(|text| disk(text)).collect(),
+        cpus: arguments.cpus,
+        memory: arguments.memory,
+        console: arguments.console.0.clone(),
+        virtio_console: arguments.virtio_console,
+        gdb: arguments.gdb.clone(),
+        debug_exit: arguments.debug_exit,
+        no_reboot: arguments.no_reboot,
+    };
+    let control = Control::new();
+    signals::end_on_signals(control.clone())?;
+    let begin = Instant::now();
+    let make_engine = match arguments.accel {
+        Accelerator::Emulate => engine::emulate,
+    };
+    let report = vm::run(&config, &make_engine, &control)?;
+    let (code, reason) = explain(&report.ending);
+    if let Some(path) = &arguments.summary {
+        summary::write(path, &report, reason, begin.elapsed())?;
+    }
+    Ok(ExitCode::from(code))
+}
+
+/// Exit code, and the reason in a word; tells the user what needs telling.
+fn explain(ending: &Ending) -> (u8, &'static str) {
+    match ending {
+        Ending::PowerOff => (0, "power-off"),
+        Ending::Reset => (0, "reset"),
+        Ending::Quit => (0, "quit"),
+        // Like every process's, the code keeps its low byte.
+        Ending::DebugExit(code) => (*code as u8, "debug-exit"),
+        Ending::Crash { cpu, report } => {
+            eprintln!(
+                "posada: the guest crashed: vCPU {cpu} met a fault while it delivered a double fault and shut down"
+            );
+            eprintln!("{}", report.trim_end());
+            (CRASHED, "crash")
+        }
+        Ending::Failed => {
+            eprintln!("posada: a thread has failed; this is an error in Posada, please report it");
+            (FAILED, "failure")
+        }
+        Ending::Signal(signal) => (128 + *signal as u8, "signal"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_read_only_when_it_says_so() {
+        let config = disk(OsStr::new("a,b.img,ro"));
+        assert_eq!((config.path, config.read_only), ("a,b.img".into(), true));
+        let config = disk(OsStr::new("a,rw"));
+        assert_eq!((config.path, config.read_only), ("a,rw".into(), false));
+    }
+
+    #[test]
+    fn only_the_three_consoles_are_taken() {
+        assert!(
+            matches!("file:a:b".parse::<Console>(), Ok(Console(ConsoleConfig::File(path))) if path == "a:b".as_ref() as &std::path::Path)
+        );
+        for text in ["file:", "file", "stdio:", "pty", ""] {
+            assert!(text.parse::<Console>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_crash_cannot_be_taken_for_a_debug_exit() {
+        let crash = Ending::Crash {
+            cpu: 0,
+            report: String::new(),
+        };
+        assert_eq!(explain(&crash).0 % 2, 0);
+        assert_ne!(explain(&crash).0, 0);
+        assert_eq!(explain(&Ending::DebugExit(0x203)).0, 3);
+    }
+}

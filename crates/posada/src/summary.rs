@@ -1,0 +1,55 @@
+//! `--summary`: what a run has cost, for scripts.
+
+use anyhow::Context;
+use posada_vmm::vm::Report;
+use serde::Serialize;
+use std::path::Path;
+use std::time::Duration;
+
+/// The file's content.
+#[derive(Debug, Serialize)]
+struct Summary<'a> {
+    wall_seconds: f64,
+    guest_instructions: u64,
+    instructions_per_second: f64,
+    /// The most memory the process had at any time.
+    peak_resident_bytes: u64,
+    /// Guest RAM that the host has really given, at the end.
+    touched_guest_bytes: u64,
+    reboots: u64,
+    exit_reason: &'a str,
+}
+
+/// Writes the summary of a run.
+pub fn write(path: &Path, report: &Report, reason: &str, wall: Duration) -> anyhow::Result<()> {
+    let seconds = wall.as_secs_f64();
+    let summary = Summary {
+        wall_seconds: seconds,
+        guest_instructions: report.instructions,
+        instructions_per_second: report.instructions as f64 / seconds.max(1e-9),
+        peak_resident_bytes: peak_resident(),
+        touched_guest_bytes: report.touched,
+        reboots: report.reboots,
+        exit_reason: reason,
+    };
+    let text = serde_json::to_string_pretty(&summary).context("the summary")? + "\n";
+    std::fs::write(path, text).with_context(|| format!("cannot write the summary to {}", path.display()))
+}
+
+/// VmHWM of `/proc/self/status`, in bytes; 0 if the host does not tell.
+fn peak_resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+    line.and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok())
+        .map_or(0, |kib| kib << 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_process_has_used_memory() {
+        assert!(peak_resident() > 64 << 10);
+    }
+}
