@@ -63,7 +63,8 @@ static uint64_t fold_double(uint64_t sum, double value) {
 #define TURNS 8000000u
 static uint64_t turn_loop(uint64_t turns) {
     uint64_t a = 1, b = 2, c = 3;
-    asm volatile("1: addq %1, %0\n xorq %2, %1\n leaq 7(%2,%0), %2\n rolq $5, %0\n subq %2, %1\n imulq $3, %0, %0\n decq %3\n jnz 1b"
+    asm volatile("1: addq %1, %0; xorq %2, %1; leaq 7(%2,%0), %2; rolq $5, %0\n"
+                 "subq %2, %1; imulq $3, %0, %0; decq %3; jnz 1b"
                  : "+r"(a), "+r"(b), "+r"(c), "+r"(turns)::"cc");
     return a ^ b ^ c;
 }
@@ -300,7 +301,7 @@ static uint64_t threads(void) {
     return fold(shared_sum, shared_count);
 }
 
-/* Work that shares nothing: alone in one thread, and the same in each of two, each on a CPU of its own if there are two. */
+/* Work that shares nothing: alone in one thread, and the same in each of two, on CPUs of their own if there are two. */
 static void *own_work(void *number) {
     cpu_set_t set;
     CPU_ZERO(&set);
