@@ -83,16 +83,15 @@ void bare_main(void);
 void *memset(void *to, int byte, unsigned long length);
 void *memcpy(void *to, const void *from, unsigned long length);
 
+#define UNUSED __attribute__((unused))
+#define LABELLED(name, before, instruction, after)                                                                      \
+    extern char name[] UNUSED, name##_at[] UNUSED, name##_next[] UNUSED;                                                \
+    asm(".pushsection .text.probes, \"ax\"\n.globl " #name ", " #name "_at, " #name "_next\n" #name ":\n" before "\n"      \
+        #name "_at: " instruction "\n" #name "_next: " after "\n.popsection")
 /* Code with two labels around one instruction: NAME (to call), NAME_at (the instruction), NAME_next (behind it). */
-#define PROBE(name, before, instruction)                                                                                \
-    extern char name[], name##_at[], name##_next[];                                                                     \
-    asm(".pushsection .text\n.globl " #name ", " #name "_at, " #name "_next\n" #name ":\n" before "\n" #name            \
-        "_at: " instruction "\n" #name "_next: ret\n.popsection")
+#define PROBE(name, before, instruction) LABELLED(name, before, instruction, "ret")
 /* The same for CPL 3, which ends by the gate. */
-#define USER_PROBE(name, before, instruction)                                                                           \
-    extern char name[], name##_at[], name##_next[];                                                                     \
-    asm(".pushsection .text\n.globl " #name ", " #name "_at, " #name "_next\n" #name ":\n" before "\n" #name            \
-        "_at: " instruction "\n" #name "_next: int $0x80\n.popsection")
+#define USER_PROBE(name, before, instruction) LABELLED(name, before, instruction, "int $0x80")
 
 static inline void out8(u16 port, u8 value) { asm volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 static inline void out32(u16 port, u32 value) { asm volatile("outl %0, %1" ::"a"(value), "Nd"(port)); }
