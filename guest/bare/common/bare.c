@@ -121,6 +121,12 @@ void check_trap(const char *name, reg vector, reg error, reg ip) {
 
 void skip(const char *name, const char *why) { say("skip %s: %s\n", name, why); }
 
+int under_tcg(void) {
+    u32 r[4];
+    cpuid(0x40000000, 0, r);
+    return r[1] == 0x54474354 && r[2] == 0x43544743 && r[3] == 0x47435447;
+}
+
 void done(void) {
     say("done: %d checks, %d failed\n", checks, failures);
     out32(0xf4, failures || !checks ? 0x11 : 0x10);
