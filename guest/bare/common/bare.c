@@ -212,6 +212,9 @@ void load_tables(void) { asm volatile("lgdt gdt_pointer; lidt idt_pointer"); }
 void setup(void) {
     out8(0x3f9, 0);
     out8(0x3fb, 3);
+    /* An old PC's interrupt controllers, where there are some, stay silent. */
+    out8(0x21, 0xff);
+    out8(0xa1, 0xff);
     for (int v = 0; v < 256; v++)
         set_gate(v, trap_stubs + 16 * v, v == USER_END ? 0xee : 0x8e, 0);
     idt_pointer.limit = sizeof(idt) - 1;
