@@ -56,7 +56,7 @@ extern void (*volatile handlers[256])(struct frame *);
 extern u64 gdt[64];
 extern struct tss tss;
 extern u32 boot_magic, boot_info;
-extern reg user_flags;
+extern reg user_flags, recovery_stack;
 extern u8 user_stack[8192], kernel_stack[8192];
 extern char trap_stubs[], recovery_point[], image_end[];
 
@@ -75,6 +75,8 @@ void check_trap(const char *name, reg vector, reg error, reg ip);
 void done(void) __attribute__((noreturn));
 void die(const char *why) __attribute__((noreturn));
 void skip(const char *name, const char *why);
+/* QEMU's TCG: it lets some things pass that end the program. */
+int under_tcg(void);
 void set_gate(int vector, const void *entry, int type_and_dpl, int ist);
 void set_gdt(int selector, u32 base, u32 limit, u32 access, u32 flags);
 void load_tables(void);
@@ -83,16 +85,36 @@ void bare_main(void);
 void *memset(void *to, int byte, unsigned long length);
 void *memcpy(void *to, const void *from, unsigned long length);
 
+#define UNUSED __attribute__((unused))
+#define LABELLED(name, before, instruction, after)                                                                      \
+    extern char name[] UNUSED, name##_at[] UNUSED, name##_next[] UNUSED;                                                \
+    asm(".pushsection .text.probes, \"ax\"\n.globl " #name ", " #name "_at, " #name "_next\n" #name ":\n" before "\n"      \
+        #name "_at: " instruction "\n" #name "_next: " after "\n.popsection")
 /* Code with two labels around one instruction: NAME (to call), NAME_at (the instruction), NAME_next (behind it). */
-#define PROBE(name, before, instruction)                                                                                \
-    extern char name[], name##_at[], name##_next[];                                                                     \
-    asm(".pushsection .text\n.globl " #name ", " #name "_at, " #name "_next\n" #name ":\n" before "\n" #name            \
-        "_at: " instruction "\n" #name "_next: ret\n.popsection")
+#define PROBE(name, before, instruction) LABELLED(name, before, instruction, "ret")
 /* The same for CPL 3, which ends by the gate. */
-#define USER_PROBE(name, before, instruction)                                                                           \
-    extern char name[], name##_at[], name##_next[];                                                                     \
-    asm(".pushsection .text\n.globl " #name ", " #name "_at, " #name "_next\n" #name ":\n" before "\n" #name            \
-        "_at: " instruction "\n" #name "_next: int $0x80\n.popsection")
+#define USER_PROBE(name, before, instruction) LABELLED(name, before, instruction, "int $0x80")
+/* One instruction that traps (or not: NO_TRAP, USER_END) with this vector and error code, at itself. */
+#define TRAPS(id, name, before, instruction, vector, error)                                                             \
+    do {                                                                                                                \
+        PROBE(id, before, instruction);                                                                                 \
+        run_kernel(id, 0);                                                                                              \
+        check_trap(name, vector, error, (int)(vector) == NO_TRAP ? 0 : (reg)id##_at);                                        \
+    } while (0)
+/* The same where QEMU's TCG does what a processor refuses, and with that takes the program's ground away. */
+#define TRAPS_OR_ENDS(id, name, before, instruction, vector, error)                                                     \
+    do {                                                                                                                \
+        if (under_tcg())                                                                                                \
+            skip(name, "QEMU's TCG would do it");                                                                       \
+        else                                                                                                            \
+            TRAPS(id, name, before, instruction, vector, error);                                                        \
+    } while (0)
+#define USER_TRAPS(id, name, before, instruction, vector, error)                                                        \
+    do {                                                                                                                \
+        USER_PROBE(id, before, instruction);                                                                            \
+        run_user(id, 0);                                                                                                \
+        check_trap(name, vector, error, (int)(vector) == USER_END ? 0 : USER(id##_at));                                      \
+    } while (0)
 
 static inline void out8(u16 port, u8 value) { asm volatile("outb %0, %1" ::"a"(value), "Nd"(port)); }
 static inline void out32(u16 port, u32 value) { asm volatile("outl %0, %1" ::"a"(value), "Nd"(port)); }
