@@ -111,7 +111,6 @@ pub fn all() -> (Vec<Form>, Vec<(Code, &'static str)>) {
             .map(|(reason, _)| *reason)
             .or((far || code.is_jmp_far_indirect() || code.is_call_far_indirect())
                 .then_some("loads descriptors: the bare programs test it"))
-            .or(info.is_privileged().then_some("privileged: the bare programs test it"))
             .or(info
                 .fwait()
                 .then_some("is two instructions: FWAIT and one that is tested by itself"));

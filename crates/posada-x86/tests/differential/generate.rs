@@ -8,9 +8,10 @@ use crate::rng::Rng;
 use crate::state::{Case, area};
 use crate::values;
 use iced_x86::{
-    Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize, Mnemonic, OpAccess, Register,
-    UsedMemory,
+    Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize,
+    Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
+use std::collections::HashSet;
 
 /// Tries at operands that can be encoded together (AH and a REX prefix cannot, for one).
 const TRIES: usize = 16;
@@ -19,6 +20,7 @@ const TRIES: usize = 16;
 pub struct Generator {
     encoder: Encoder,
     factory: InstructionInfoFactory,
+    tested: HashSet<Code>,
 }
 
 /// What is known while a case is being made.
@@ -36,6 +38,25 @@ fn number(register: Register) -> Option<usize> {
         .then(|| register.full_register() as usize - Register::RAX as usize)
 }
 
+/// The linear address of an instruction's explicit memory operand (a gather's first element not included).
+pub fn operand_address(instruction: &Instruction, case: &Case) -> Option<u64> {
+    let state = &case.state;
+    let operand = (0..instruction.op_count()).find(|&operand| instruction.op_kind(operand) == OpKind::Memory)?;
+    instruction.virtual_address(operand, 0, |register, _, _| match register {
+        Register::FS => Some(state.fs_base),
+        Register::GS => Some(state.gs_base),
+        _ if register.is_segment_register() => Some(0),
+        _ => number(register).map(|number| {
+            let value = state.gpr[number];
+            match register.size() {
+                1 => value & 0xff,
+                4 => value & 0xffff_ffff,
+                _ => value,
+            }
+        }),
+    })
+}
+
 /// Bytes of memory that an instruction touches, where the table of sizes does not say.
 fn operand_size(instruction: &Instruction, size: MemorySize) -> u64 {
     match instruction.mnemonic() {
@@ -47,10 +68,11 @@ fn operand_size(instruction: &Instruction, size: MemorySize) -> u64 {
 }
 
 impl Generator {
-    pub fn new() -> Self {
+    pub fn new(forms: &[Form]) -> Self {
         Self {
             encoder: Encoder::new(64),
             factory: InstructionInfoFactory::new(),
+            tested: forms.iter().map(|form| form.code).collect(),
         }
     }
 
@@ -107,12 +129,15 @@ impl Generator {
             self.encoder.set_vex_wig(rng.below(2) as u32);
             self.encoder.set_vex_lig(rng.below(2) as u32);
             if self.encoder.encode(&instruction, rip).is_err() {
-                self.encoder.take_buffer();
+                drop(self.encoder.take_buffer());
                 continue;
             }
-            let bytes = self.encoder.take_buffer();
+            let mut bytes = self.encoder.take_buffer();
             if rip + 1 == CODE + 2 * PAGE && bytes.len() == 1 {
                 continue;
+            }
+            if taken == 0 && rng.chance(15) {
+                instruction = self.with_prefix(rng, rip, &mut bytes).unwrap_or(instruction);
             }
             instruction.set_len(bytes.len());
             instruction.set_ip(rip);
@@ -124,6 +149,28 @@ impl Generator {
             return Some(instruction);
         }
         None
+    }
+}
+
+impl Generator {
+    /// Puts prefixes that the instruction has no need of before it, as long as what comes out is a form that is tested,
+    /// or none at all. A REX prefix that a legacy prefix follows counts for nothing.
+    fn with_prefix(&self, rng: &mut Rng, rip: u64, bytes: &mut Vec<u8>) -> Option<Instruction> {
+        const LEGACY: [u8; 11] = [0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65];
+        let mut longer = vec![rng.pick(&LEGACY)];
+        match rng.below(4) {
+            0 => longer.push(rng.pick(&LEGACY)),
+            1 => longer.insert(0, 0x40 | rng.below(16) as u8),
+            _ => {}
+        }
+        longer.extend_from_slice(bytes);
+        let made = Decoder::with_ip(64, &longer, rip, DecoderOptions::NONE).decode();
+        let known = made.len() == longer.len() && self.tested.contains(&made.code());
+        let none = made.is_invalid() && longer.len() <= 15;
+        (known || none).then(|| {
+            *bytes = longer;
+            made
+        })
     }
 }
 
@@ -308,49 +355,26 @@ impl Draft<'_> {
         }
     }
 
-    /// The address of the explicit memory operand, as registers now stand.
-    fn operand_address(&self) -> Option<u64> {
-        let state = &self.case.state;
-        let operand = (0..self.instruction.op_count())
-            .find(|&operand| self.instruction.op_kind(operand) == iced_x86::OpKind::Memory)?;
-        self.instruction
-            .virtual_address(operand, 0, |register, _, _| match register {
-                Register::FS => Some(state.fs_base),
-                Register::GS => Some(state.gs_base),
-                _ if register.is_segment_register() => Some(0),
-                _ => number(register).map(|number| {
-                    let value = state.gpr[number];
-                    match register.size() {
-                        1 => value & 0xff,
-                        4 => value & 0xffff_ffff,
-                        _ => value,
-                    }
-                }),
-            })
-    }
-
     fn patch_operand(&mut self, bytes: &[u8]) {
-        if let Some(address) = self.operand_address() {
+        if let Some(address) = operand_address(&self.instruction, self.case) {
             self.case.patch(address, bytes);
         }
     }
 
     /// What makes particular instructions take all their paths.
     fn details(&mut self) {
-        let [rax, rcx, rdx, rbx] = [0, 1, 2, 3];
+        let [rax, rcx, rdx] = [0, 1, 2];
         match self.instruction.mnemonic() {
-            Mnemonic::Div | Mnemonic::Idiv => {
-                // A small upper half, or its sign: else nearly every quotient overflows.
-                if self.rng.chance(80) {
-                    let high = self.rng.pick(&[0, 0, 0, u64::MAX, 1]);
-                    self.set(rdx, high);
-                    let low = self.case.state.gpr[rax];
-                    if self.instruction.code().op_code().op0_kind() == iced_x86::OpCodeOperandKind::r8_or_mem {
-                        self.set(
-                            rax,
-                            low & !0xff00 | if low & 0x80 != 0 && high != 0 { 0xff00 } else { 0 },
-                        );
-                    }
+            // A small upper half, or its sign: else nearly every quotient overflows.
+            Mnemonic::Div | Mnemonic::Idiv if self.rng.chance(80) => {
+                let high = self.rng.pick(&[0, 0, 0, u64::MAX, 1]);
+                self.set(rdx, high);
+                let low = self.case.state.gpr[rax];
+                if self.instruction.code().op_code().op0_kind() == iced_x86::OpCodeOperandKind::r8_or_mem {
+                    self.set(
+                        rax,
+                        low & !0xff00 | if low & 0x80 != 0 && high != 0 { 0xff00 } else { 0 },
+                    );
                 }
             }
             Mnemonic::Cmpxchg if self.rng.chance(50) => {
@@ -457,7 +481,6 @@ impl Draft<'_> {
             }
             _ => {}
         }
-        let _ = rbx;
     }
 
     /// A null selector, or one beyond every descriptor table.

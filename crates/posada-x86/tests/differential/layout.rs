@@ -13,6 +13,7 @@
 //! All addresses are below 2 GiB: 32-bit addresses and sign-extended displacements reach them.
 
 use crate::state::{Case, Line, Outcome};
+use std::sync::OnceLock;
 
 pub const PAGE: u64 = 0x1000;
 pub const CODE: u64 = 0x1000_0000;
@@ -30,7 +31,7 @@ pub const EXIT: u64 = 7;
 pub struct Memory {
     data: *mut u8,
     code: *mut u8,
-    pool: Vec<u8>,
+    pool: &'static [[u8; 64]],
     /// Code bytes written for the present case.
     written: [(u64, u64); 3],
 }
@@ -42,16 +43,31 @@ fn data_index(address: u64) -> Option<usize> {
     Some(at * PAGE as usize + (address % PAGE) as usize)
 }
 
+/// What the data pages hold between cases.
+fn pool() -> &'static [[u8; 64]] {
+    static POOL: OnceLock<Vec<[u8; 64]>> = OnceLock::new();
+    POOL.get_or_init(|| {
+        let mut lines = vec![[0; 64]; DATA_PAGES.len() * PAGE as usize / 64];
+        crate::rng::Rng::new(0x706f_7361_6461).fill(lines.as_flattened_mut());
+        lines
+    })
+}
+
+/// A line of the data window as it is between cases.
+pub fn original(address: u32) -> [u8; 64] {
+    data_index(address.into()).map_or([0; 64], |index| pool()[index / 64])
+}
+
 impl Memory {
     /// # Safety
     /// `data` and `code` name as many writable pages as [`DATA_PAGES`] and [`CODE_PAGES`] say, used by nobody else
     /// while a method runs.
     pub unsafe fn new(data: *mut u8, code: *mut u8) -> Self {
-        let mut pool = vec![0; DATA_PAGES.len() * PAGE as usize];
-        crate::rng::Rng::new(0x706f_7361_6461).fill(&mut pool);
+        let pool = pool();
         // SAFETY: the caller vouches for the pages.
         unsafe {
-            data.copy_from_nonoverlapping(pool.as_ptr(), pool.len());
+            data.cast::<[u8; 64]>()
+                .copy_from_nonoverlapping(pool.as_ptr(), pool.len());
             code.write_bytes(FILLER, CODE_PAGES * PAGE as usize);
         }
         Self {
@@ -83,7 +99,7 @@ impl Memory {
         }
         let code = &case.code[..usize::from(case.length)];
         self.put_code(0, case.state.rip, code);
-        for (slot, address) in case.exits().into_iter().enumerate() {
+        for (slot, address) in case.exits().enumerate() {
             self.put_code(1 + slot, address, &crate::trampoline::exit_bytes(slot));
         }
         let mut from = 0;
@@ -102,13 +118,12 @@ impl Memory {
     /// Records the lines that now differ from the pool, and restores them.
     pub fn collect(&mut self, outcome: &mut Outcome) {
         outcome.lines_changed = 0;
-        for (index, line) in self.pool.as_chunks::<64>().0.iter().enumerate() {
+        for (index, line) in self.pool.iter().enumerate() {
             // SAFETY: the pool is as long as the data pages.
             let now = unsafe { &mut *self.data.cast::<[u8; 64]>().add(index) };
             if now != line {
                 if let Some(slot) = outcome.lines.get_mut(usize::from(outcome.lines_changed)) {
-                    let (page, write) = DATA_PAGES[index / 64];
-                    debug_assert!(write || outcome.lines_changed < u16::MAX);
+                    let (page, _) = DATA_PAGES[index / 64];
                     *slot = Line {
                         address: (DATA + page * PAGE) as u32 + (index % 64) as u32 * 64,
                         bytes: *now,

@@ -27,7 +27,8 @@ struct Shared {
 /// The child process and the memory shared with it.
 pub struct Native {
     shared: *mut Shared,
-    child: Child,
+    /// None only while one is being replaced.
+    child: Option<Child>,
 }
 
 struct Child {
@@ -42,6 +43,7 @@ fn check(result: libc::c_int, what: &str) -> libc::c_int {
 }
 
 /// Maps `length` bytes; `address` 0 leaves the place to the kernel.
+/// Every page is there at once: an error code tells whether it is.
 fn map(address: u64, length: usize, rights: libc::c_int, file: libc::c_int, offset: u64) -> *mut u8 {
     let place = if address == 0 { 0 } else { libc::MAP_FIXED_NOREPLACE };
     let kind = if file < 0 { libc::MAP_ANONYMOUS } else { 0 };
@@ -51,7 +53,7 @@ fn map(address: u64, length: usize, rights: libc::c_int, file: libc::c_int, offs
             address as *mut _,
             length,
             rights,
-            libc::MAP_SHARED | place | kind,
+            libc::MAP_SHARED | libc::MAP_POPULATE | place | kind,
             file,
             offset as i64,
         )
@@ -133,8 +135,12 @@ impl Child {
             check(libc::pipe2(from.as_mut_ptr(), libc::O_CLOEXEC), "pipe");
             let process = check(libc::fork(), "fork");
             if process == 0 {
-                libc::close(to[1]);
-                libc::close(from[0]);
+                // Nothing else stays open: the pipes of another test's child would never seem closed.
+                for file in 3..1024 {
+                    if file != to[0] && file != from[1] {
+                        libc::close(file);
+                    }
+                }
                 serve(&mut *shared, to[0], from[1]);
             }
             libc::close(to[0]);
@@ -147,8 +153,8 @@ impl Child {
         }
     }
 
-    /// Waits for the answer to a batch; false when the child died or hung.
-    fn answered(&self) -> bool {
+    /// Has a batch run; false when the child died or hung.
+    fn answers(&self) -> bool {
         let mut poll = libc::pollfd {
             fd: self.answers,
             events: libc::POLLIN,
@@ -156,7 +162,10 @@ impl Child {
         };
         let mut byte = 0u8;
         // SAFETY: plain system calls on memory of our own.
-        unsafe { libc::poll(&mut poll, 1, PATIENCE) == 1 && libc::read(self.answers, (&raw mut byte).cast(), 1) == 1 }
+        unsafe {
+            libc::write(self.requests, (&raw const byte).cast(), 1);
+            libc::poll(&mut poll, 1, PATIENCE) == 1 && libc::read(self.answers, (&raw mut byte).cast(), 1) == 1
+        }
     }
 }
 
@@ -183,7 +192,7 @@ impl Native {
         let shared = map(0, size_of::<Shared>(), WRITE, -1, 0).cast();
         Self {
             shared,
-            child: Child::start(shared),
+            child: Some(Child::start(shared)),
         }
     }
 
@@ -193,26 +202,25 @@ impl Native {
         unsafe { &mut (*self.shared).cases }
     }
 
-    /// Runs the first `count` cases and gives their outcomes.
-    pub fn run(&mut self, count: usize) -> &[Outcome] {
+    /// Runs the first `count` cases and gives them back with their outcomes.
+    pub fn run(&mut self, count: usize) -> (&[Case], &[Outcome]) {
         // SAFETY: mapped for good; the counters are atomic.
         let shared = unsafe { &*self.shared };
         let mut first = 0;
         while first < count {
             shared.first.store(first as u32, Ordering::Release);
             shared.end.store(count as u32, Ordering::Release);
-            // SAFETY: writes a byte of our own.
-            unsafe { libc::write(self.child.requests, [0u8].as_ptr().cast(), 1) };
-            if self.child.answered() {
+            if self.child.as_ref().is_some_and(Child::answers) {
                 break;
             }
             let died = shared.now.load(Ordering::Acquire) as usize;
-            // SAFETY: no child looks at the outcomes after this drop.
-            self.child = Child::start(self.shared);
+            // The old one must be gone before anybody else writes here.
+            self.child = None;
+            // SAFETY: no child runs.
             unsafe { (*self.shared).outcomes[died].end = End::Died };
+            self.child = Some(Child::start(self.shared));
             first = died + 1;
         }
-        // SAFETY: the child waits for the next request.
-        unsafe { &(&(*self.shared).outcomes)[..count] }
+        (&shared.cases[..count], &shared.outcomes[..count])
     }
 }

@@ -164,6 +164,8 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
             K::ymm_or_mem | K::ymm_reg | K::ymm_rm | K::ymm_vvvv | K::ymm_is4 | K::ymm_is5 => {
                 reg(&mut made, numbered(Register::YMM0, number));
             }
+            K::cr_reg => reg(&mut made, numbered(Register::CR0, rng.pick(&[0, 2, 3, 4, 8]))),
+            K::dr_reg => reg(&mut made, numbered(Register::DR0, number % 8)),
             K::es => reg(&mut made, Register::ES),
             K::cs => reg(&mut made, Register::CS),
             K::ss => reg(&mut made, Register::SS),

@@ -34,6 +34,16 @@ pub struct State {
 }
 
 impl State {
+    pub const ZERO: Self = Self {
+        area: [0; area::SIZE],
+        gpr: [0; 16],
+        rip: 0,
+        rflags: 0,
+        fs_base: 0,
+        gs_base: 0,
+        selectors: [0; 4],
+    };
+
     pub fn ymm(&self, number: usize) -> [u8; 32] {
         let mut value = [0; 32];
         value[..16].copy_from_slice(&self.area[area::XMM + 16 * number..][..16]);
@@ -77,8 +87,20 @@ pub struct Case {
 }
 
 impl Case {
+    pub const EMPTY: Self = Self {
+        state: State::ZERO,
+        form: 0,
+        seed: 0,
+        code: [0; 15],
+        length: 0,
+        taken: 0,
+        patch_count: 0,
+        patches: [Patch { address: 0, length: 0 }; 12],
+        patch_bytes: [0; 1280],
+    };
+
     /// The addresses after the instruction and where it branches to.
-    pub fn exits(&self) -> impl IntoIterator<Item = u64> + use<> {
+    pub fn exits(&self) -> impl Iterator<Item = u64> + Clone + use<> {
         let next = self.state.rip + u64::from(self.length);
         std::iter::once(next).chain((self.taken != 0).then_some(self.taken))
     }
@@ -139,6 +161,19 @@ pub struct Outcome {
 }
 
 impl Outcome {
+    pub const EMPTY: Self = Self {
+        state: State::ZERO,
+        end: End::Died,
+        vector: 0,
+        error: 0,
+        address: 0,
+        lines_changed: 0,
+        lines: [Line {
+            address: 0,
+            bytes: [0; 64],
+        }; 48],
+    };
+
     pub fn lines(&self) -> &[Line] {
         &self.lines[..usize::from(self.lines_changed).min(self.lines.len())]
     }

@@ -270,7 +270,7 @@ pub unsafe fn run(case: &crate::state::Case, outcome: &mut Outcome) {
         outcome.address = if context.vector == 14 { context.address } else { 0 };
     } else {
         outcome.end = End::Retired;
-        outcome.state.rip = case.exits().into_iter().nth(context.exit as usize).unwrap_or(0);
+        outcome.state.rip = case.exits().nth(context.exit as usize).unwrap_or(0);
     }
     debug_assert!(case.state.rip - CODE < CODE_PAGES as u64 * PAGE);
 }
