@@ -237,9 +237,12 @@ impl Lapic {
         }
     }
 
-    /// When the timer will next cause an interrupt, in host TSC ticks.
+    /// When the timer will next cause an interrupt, in host TSC ticks: never while its last one waits in the IRR.
     fn next_interrupt(&self) -> Option<u64> {
-        self.timer.due().filter(|_| self.lvt[lvt::TIMER] & MASKED == 0)
+        let entry = self.lvt[lvt::TIMER];
+        self.timer
+            .due()
+            .filter(|_| entry & MASKED == 0 && !self.irr.has(entry as u8))
     }
 
     fn set_lvt(&mut self, source: usize, value: u32) {

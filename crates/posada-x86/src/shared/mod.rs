@@ -167,11 +167,14 @@ impl Shared {
     /// True if all other vCPUs have taken notice of all announcements by this one, or will before they run guest code.
     pub(crate) fn settled(&self) -> bool {
         let announced = self.announced.load(Ordering::Relaxed);
+        if announced == 0 {
+            return true;
+        }
         let settled = |(index, mailbox): (usize, &Arc<Mailbox>)| {
             // At rest: our CODE bit is in the word that the vCPU must take before it runs on.
             index == self.index as usize || mailbox.answered() >= announced || mailbox.at_rest()
         };
-        let all = announced == 0 || self.vm.mailboxes.iter().enumerate().all(settled);
+        let all = self.vm.mailboxes.iter().enumerate().all(settled);
         if all {
             self.announced.store(0, Ordering::Relaxed);
         }

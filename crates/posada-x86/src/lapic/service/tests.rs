@@ -142,6 +142,30 @@ fn a_running_vcpu_is_told_of_its_timer_each_period() {
 }
 
 #[test]
+fn a_period_of_a_nanosecond_neither_floods_nor_stops() {
+    let mut core = lone();
+    write(&mut core, 0x3e0, 0xb);
+    write(&mut core, 0x320, 1 << 17 | 0xec);
+    write(&mut core, 0x380, 1);
+    for _ in 0..1000 {
+        core.halted = true;
+        assert_eq!(served(&mut core), Some(0xec));
+        write(&mut core, 0xb0, 0);
+    }
+    core.set_cr8(15);
+    let mailbox = Arc::clone(core.shared.mailbox());
+    core.halted = true;
+    let thread = std::thread::spawn(move || {
+        // Held back by the task priority, the timer must let the processor sleep: until this kick, and without end.
+        sleeps(&mailbox);
+        mailbox.kick();
+    });
+    assert_eq!(core.service(), Some(Exit::Kicked));
+    thread.join().unwrap();
+    assert_eq!(core.lapic.next_interrupt(), None);
+}
+
+#[test]
 fn with_interrupts_off_only_nmi_init_and_kick_end_a_halt() {
     let vm = Vm::new(1);
     let mut core = vcpu(&vm, 0, Arc::new(Ends::default()));

@@ -1,0 +1,414 @@
+//! The software CPU as an engine.
+
+use crate::clock;
+use crate::core::{CodeSize, Core, gpr, seg};
+use crate::interpret::Stop;
+use crate::shared::Vm;
+use posada_engine::{Counters, CpuState, DebugControl, Engine, Error, Exit, Kick, Machine, MsiSink, Vcpu};
+use posada_memory::GuestRam;
+use std::fmt::Write;
+use std::sync::Arc;
+
+/// The most vCPUs of a VM: xAPIC ids are one byte, and FFh means "all".
+const MAX_VCPUS: u32 = 255;
+
+/// The processors of one VM, in software.
+pub struct Emulator {
+    ram: Arc<GuestRam>,
+    vm: Arc<Vm>,
+}
+
+impl Emulator {
+    /// A VM with `vcpus` processors (1 to 255) over `ram`. Its clock starts now.
+    ///
+    /// # Errors
+    /// [`Error::Host`] for another number of processors, or when the host is out of threads or descriptors.
+    pub fn new(ram: Arc<GuestRam>, vcpus: u32) -> Result<Self, Error> {
+        if !(1..=MAX_VCPUS).contains(&vcpus) {
+            let text = format!("it has 1 to {MAX_VCPUS} virtual processors, not {vcpus}");
+            return Err(Error::Host(text));
+        }
+        let vm = Vm::new(vcpus);
+        vm.start_alarms()
+            .map_err(|error| Error::Host(format!("no timers for the virtual processors: {error}")))?;
+        Ok(Self { ram, vm })
+    }
+}
+
+impl Engine for Emulator {
+    fn create_vcpu(&self, index: u32, machine: Arc<dyn Machine>) -> Result<Box<dyn Vcpu>, Error> {
+        let count = self.vm.vcpus().len();
+        if index as usize >= count {
+            return Err(Error::Host(format!("there is no virtual processor {index} of {count}")));
+        }
+        let shared = Arc::new(self.vm.shared(index));
+        let mut core = Core::new(Arc::clone(&self.ram), machine, shared);
+        core.msr.tsc_offset = self.vm.tsc_offset();
+        if index != 0 {
+            core.wait_for_startup();
+        }
+        Ok(Box::new(Processor { core }))
+    }
+
+    fn msi_sink(&self) -> Arc<dyn MsiSink> {
+        Arc::clone(&self.vm) as Arc<dyn MsiSink>
+    }
+}
+
+struct Processor {
+    core: Core,
+}
+
+impl Processor {
+    fn run_inside(&mut self) -> Exit {
+        loop {
+            if let Some(exit) = self.core.service() {
+                return exit;
+            }
+            if self.core.shut_down {
+                return Exit::TripleFault(self.core.dump());
+            }
+            match self.core.execute() {
+                Stop::Pending => {}
+                Stop::Debug => return Exit::Debug,
+            }
+        }
+    }
+}
+
+impl Vcpu for Processor {
+    fn run(&mut self) -> Exit {
+        sleep_exactly();
+        self.core.shared.mailbox().enter();
+        let exit = self.run_inside();
+        self.core.shared.mailbox().leave();
+        exit
+    }
+
+    fn kicker(&self) -> Arc<dyn Kick> {
+        Arc::clone(self.core.shared.mailbox()) as Arc<dyn Kick>
+    }
+
+    fn state(&self) -> CpuState {
+        self.core.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
+        check(state).map_err(|text| Error::State(text.into()))?;
+        self.core.set_state(state);
+        self.core.make_runnable();
+        Ok(())
+    }
+
+    fn set_debug(&mut self, debug: &DebugControl) {
+        self.core.set_debug(debug);
+    }
+
+    fn translate(&self, gva: u64) -> Option<u64> {
+        self.core.translate(gva)
+    }
+
+    fn counters(&self) -> Counters {
+        Counters {
+            instructions: self.core.instructions,
+        }
+    }
+}
+
+/// Takes away the 50 µs by which Linux lets the calling thread oversleep.
+fn sleep_exactly() {
+    // SAFETY: plain integers; concerns this thread only.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
+}
+
+/// What the processor itself could not hold (Intel SDM 3A, 2.5 and 2.2.1; 3C, 27.3.1.1).
+fn check(state: &CpuState) -> Result<(), &'static str> {
+    let bit = |value: u64, bit: u32| value >> bit & 1 != 0;
+    let (paging, long) = (bit(state.cr0, 31), bit(state.efer, 10));
+    let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
+    let bases = [state.segments[seg::FS].base, state.segments[seg::GS].base];
+    let code = state.segments[seg::CS].access;
+    let rules = [
+        (paging && !bit(state.cr0, 0), "CR0.PG needs CR0.PE"),
+        (bit(state.cr0, 29) && !bit(state.cr0, 30), "CR0.NW needs CR0.CD"),
+        (state.cr0 >> 32 != 0, "CR0 has 32 bits"),
+        (
+            state.cr3 >> crate::walk::PHYSICAL_BITS != 0,
+            "CR3 is beyond physical memory",
+        ),
+        (state.efer & !0xd01 != 0, "EFER has reserved bits set"),
+        (
+            long != (paging && bit(state.efer, 8)),
+            "EFER.LMA is EFER.LME and CR0.PG",
+        ),
+        (long && !bit(state.cr4, 5), "long mode needs CR4.PAE"),
+        (long && code & 0x6000 == 0x6000, "CS.L and CS.D exclude each other"),
+        (!long && state.rip >> 32 != 0, "RIP has 32 bits outside long mode"),
+        (long && !canonical(state.rip), "RIP is not canonical"),
+        (
+            long && !bases.into_iter().all(canonical),
+            "a segment base is not canonical",
+        ),
+        (
+            long && bit(state.rflags, 17),
+            "there is no virtual-8086 mode in long mode",
+        ),
+    ];
+    rules
+        .into_iter()
+        .find_map(|(broken, rule)| broken.then_some(rule))
+        .map_or(Ok(()), Err)
+}
+
+impl Core {
+    /// The registers and the code at RIP, for people: the report of a triple fault.
+    pub fn dump(&self) -> String {
+        let mut text = String::new();
+        self.write_dump(&mut text).expect("a String takes all");
+        text
+    }
+
+    fn write_dump(&self, out: &mut String) -> std::fmt::Result {
+        let mode = match (self.long_mode(), self.code_size) {
+            (_, CodeSize::Bits64) => "64-bit",
+            (true, _) => "compatibility",
+            (false, _) if self.virtual_8086() => "virtual-8086",
+            (false, _) if !self.protected() => "real",
+            (false, CodeSize::Bits32) => "32-bit protected",
+            (false, _) => "16-bit protected",
+        };
+        let index = self.shared.index();
+        writeln!(out, "vCPU {index} in {mode} mode, privilege level {}", self.cpl)?;
+        write!(out, "last exception: vector {}", self.raised.vector)?;
+        if let Some(error) = self.raised.error {
+            write!(out, ", error code {error:#x}")?;
+        }
+        writeln!(out, ", address {:#x}", self.raised.address)?;
+        let code = self.segments[seg::CS].selector;
+        writeln!(out, "rip {code:04x}:{:016x}  rflags {:08x}", self.rip(), self.rflags())?;
+        const NAMES: [&str; 16] = [
+            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
+            "r15",
+        ];
+        for row in 0..4 {
+            for (name, value) in NAMES.iter().zip(self.regs).skip(row * 4).take(4) {
+                write!(out, "{name:<3} {value:016x}  ")?;
+            }
+            out.truncate(out.trim_end().len());
+            writeln!(out)?;
+        }
+        let [cr0, _, cr2, cr3, cr4] = self.cr;
+        writeln!(
+            out,
+            "cr0 {cr0:08x}  cr2 {cr2:016x}  cr3 {cr3:016x}  cr4 {cr4:08x}  efer {:08x}",
+            self.msr.efer
+        )?;
+        let names = ["es", "cs", "ss", "ds", "fs", "gs"];
+        let named = names.into_iter().zip(&self.segments);
+        for (name, segment) in named.chain([("ldt", &self.ldtr), ("tr", &self.tr)]) {
+            writeln!(
+                out,
+                "{name:<3} {:04x}  base {:016x}  limit {:08x}  access {:04x}",
+                segment.selector, segment.base, segment.limit, segment.access
+            )?;
+        }
+        for (name, table) in [("gdt", self.gdtr), ("idt", self.idtr)] {
+            writeln!(
+                out,
+                "{name:<3}       base {:016x}  limit {:08x}",
+                table.base, table.limit
+            )?;
+        }
+        write!(out, "code at rip:")?;
+        let start = if self.bits64() {
+            self.rip()
+        } else {
+            self.segments[seg::CS].base.wrapping_add(self.rip()) & 0xffff_ffff
+        };
+        for at in 0..16 {
+            match self.peek(start.wrapping_add(at)) {
+                Some(byte) => write!(out, " {byte:02x}")?,
+                None => write!(out, " ??")?,
+            }
+        }
+        writeln!(out)?;
+        let seconds = clock::ticks_to_ns(self.guest_tsc()) / 1_000_000_000;
+        let (stack, count) = (self.regs[gpr::RSP], self.instructions);
+        write!(out, "stack at rsp {stack:#x}:")?;
+        for at in 0..4 {
+            let word = (0..8).try_fold(0, |word, byte| {
+                let address = self.segments[seg::SS]
+                    .base
+                    .wrapping_add(stack)
+                    .wrapping_add(at * 8 + byte);
+                self.peek(address).map(|value| word | u64::from(value) << (byte * 8))
+            });
+            match word {
+                Some(word) => write!(out, " {word:016x}")?,
+                None => write!(out, " ????????????????")?,
+            }
+        }
+        writeln!(out, "\n{count} instructions, {seconds} s since the start")
+    }
+
+    /// A byte of RAM at a linear address, without side effects.
+    fn peek(&self, linear: u64) -> Option<u8> {
+        let host = self.ram.host(self.translate(linear)?, 1)?;
+        // SAFETY: one byte of guest RAM; guests may change it at any time, hence volatile.
+        Some(unsafe { host.read_volatile() })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lapic::testing::Ends;
+    use posada_engine::Msi;
+
+    const INIT: u32 = 0x4500;
+
+    fn emulator(vcpus: u32, code: &[u8]) -> (Emulator, Vec<Box<dyn Vcpu>>) {
+        let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+        let host = ram.host(0x1000, code.len() as u64).unwrap();
+        // SAFETY: RAM of the test's own.
+        unsafe { host.copy_from(code.as_ptr(), code.len()) };
+        let emulator = Emulator::new(ram, vcpus).unwrap();
+        let machine = Arc::new(Ends::default());
+        let vcpus = (0..vcpus)
+            .map(|index| emulator.create_vcpu(index, machine.clone()).unwrap())
+            .collect();
+        (emulator, vcpus)
+    }
+
+    /// Real mode at 0:1000.
+    fn entry() -> CpuState {
+        let mut state = CpuState::reset();
+        (state.segments[seg::CS].selector, state.segments[seg::CS].base) = (0, 0);
+        state.rip = 0x1000;
+        state.gprs[gpr::RSP] = 0x8000;
+        state
+    }
+
+    /// Waits until the guest has written to 500h.
+    fn wait_for_guest(emulator: &Emulator) {
+        let host = emulator.ram.host(0x500, 1).unwrap();
+        // SAFETY: a byte of guest RAM.
+        while unsafe { host.read_volatile() } == 0 {
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_kick_stops_an_endless_loop_and_one_before_the_run_too() {
+        // loop: mov byte [500h], 1; jmp loop
+        let (emulator, mut vcpus) = emulator(1, &[0xc6, 0x06, 0x00, 0x05, 0x01, 0xeb, 0xf9]);
+        vcpus[0].set_state(&entry()).unwrap();
+        let kick = vcpus[0].kicker();
+        kick.kick();
+        assert_eq!((vcpus[0].run(), vcpus[0].counters().instructions), (Exit::Kicked, 0));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_for_guest(&emulator);
+                kick.kick();
+            });
+            assert_eq!(vcpus[0].run(), Exit::Kicked);
+        });
+        assert!([0x1000, 0x1005].contains(&vcpus[0].state().rip));
+        assert!(vcpus[0].counters().instructions > 0);
+    }
+
+    #[test]
+    fn a_fault_that_nobody_handles_ends_in_a_report() {
+        // ud2, with an empty vector table.
+        let (_emulator, mut vcpus) = emulator(1, &[0x0f, 0x0b]);
+        let mut state = entry();
+        state.idtr.limit = 0;
+        vcpus[0].set_state(&state).unwrap();
+        let Exit::TripleFault(report) = vcpus[0].run() else {
+            panic!("no triple fault")
+        };
+        for part in [
+            "vCPU 0 in real mode",
+            "rip 0000:0000000000001000",
+            "rsp 0000000000008000",
+            "code at rip: 0f 0b",
+        ] {
+            assert!(report.contains(part), "{part} is not in\n{report}");
+        }
+        assert!(matches!(vcpus[0].run(), Exit::TripleFault(_)), "it stays shut down");
+        vcpus[0].set_state(&state).unwrap();
+        assert!(matches!(vcpus[0].run(), Exit::TripleFault(_)));
+    }
+
+    #[test]
+    fn another_processor_waits_for_its_start_and_then_runs() {
+        // mov byte [500h], 1; hlt
+        let (emulator, mut vcpus) = emulator(2, &[0xc6, 0x06, 0x00, 0x05, 0x01, 0xf4]);
+        let mut second = vcpus.pop().unwrap();
+        let kick = second.kicker();
+        kick.kick();
+        assert_eq!((second.run(), second.counters().instructions), (Exit::Kicked, 0));
+        emulator.msi_sink().signal_msi(Msi {
+            address: 0xfee0_1000,
+            data: INIT,
+        });
+        emulator.vm.vcpus()[1].post_startup(1);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                wait_for_guest(&emulator);
+                while !emulator.vm.vcpus()[1].at_rest() {
+                    std::thread::yield_now();
+                }
+                kick.kick();
+            });
+            assert_eq!(second.run(), Exit::Kicked);
+        });
+        assert_eq!((second.state().rip, second.counters().instructions), (6, 2));
+    }
+
+    #[test]
+    fn a_debugger_steps_one_instruction() {
+        let (_emulator, mut vcpus) = emulator(1, &[0x40, 0x40, 0xf4]);
+        vcpus[0].set_state(&entry()).unwrap();
+        vcpus[0].set_debug(&DebugControl {
+            single_step: true,
+            breakpoints: Vec::new(),
+        });
+        assert_eq!((vcpus[0].run(), vcpus[0].state().rip), (Exit::Debug, 0x1001));
+        vcpus[0].set_debug(&DebugControl {
+            single_step: false,
+            breakpoints: vec![0x1002],
+        });
+        assert_eq!((vcpus[0].run(), vcpus[0].state().rip), (Exit::Debug, 0x1002));
+    }
+
+    #[test]
+    fn counters_of_all_vcpus_started_at_zero_together() {
+        let vm = Vm::new(2);
+        assert!(clock::ticks_to_ns(clock::host_tsc().wrapping_add(vm.tsc_offset())) < 10_000_000_000);
+        let boot = vm.shared(1).boot_time_ns();
+        assert!(clock::real_time_ns().abs_diff(boot) < 10_000_000_000);
+    }
+
+    #[test]
+    fn impossible_numbers_and_states_are_refused() {
+        let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+        assert!(Emulator::new(ram.clone(), 0).is_err() && Emulator::new(ram, 256).is_err());
+        let (emulator, mut vcpus) = emulator(1, &[]);
+        assert!(emulator.create_vcpu(1, Arc::new(Ends::default())).is_err());
+        let cases: [fn(&mut CpuState); 6] = [
+            |state| state.cr0 = 1 << 31,
+            |state| state.cr3 = 1 << 60,
+            |state| state.efer = 1 << 10,
+            |state| state.efer = 2,
+            |state| state.rip = 1 << 32,
+            |state| (state.cr0, state.efer) = (0x8000_0011, 0x500),
+        ];
+        for change in cases {
+            let mut state = entry();
+            change(&mut state);
+            assert!(matches!(vcpus[0].set_state(&state), Err(Error::State(_))));
+        }
+        vcpus[0].set_state(&entry()).unwrap();
+    }
+}
