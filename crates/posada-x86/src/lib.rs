@@ -9,6 +9,7 @@ pub mod clock;
 pub mod core;
 pub mod cpuid;
 pub mod decode;
+pub mod engine;
 pub mod exception;
 pub mod fault;
 pub mod flags;
@@ -29,3 +30,5 @@ pub mod system;
 pub mod transfer;
 pub mod walk;
 pub mod xsave;
+
+pub use engine::Emulator;
