@@ -1,0 +1,162 @@
+//! How a `posada` is started.
+
+use crate::process::{PATIENCE, Process};
+use std::env;
+use std::ffi::{OsStr, OsString};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+/// The binary under test: what `POSADA_BIN` names, else the release build of this workspace.
+///
+/// # Panics
+/// When it is not there.
+pub fn posada() -> PathBuf {
+    let path = match env::var_os("POSADA_BIN") {
+        Some(path) => path.into(),
+        None => target().join("release/posada"),
+    };
+    assert!(
+        path.is_file(),
+        "{} is missing; run these tests by `make e2e`, which builds it",
+        path.display()
+    );
+    path.canonicalize().expect("it was there a moment ago")
+}
+
+/// A program of `guest/bare`.
+///
+/// # Panics
+/// When it is not built.
+pub fn bare_program(name: &str) -> PathBuf {
+    let path = target().join("bare").join(name);
+    assert!(path.is_file(), "{} is missing; run `make bare`", path.display());
+    path.canonicalize().expect("it was there a moment ago")
+}
+
+fn target() -> PathBuf {
+    match env::var_os("CARGO_TARGET_DIR") {
+        Some(path) => path.into(),
+        None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target"),
+    }
+}
+
+/// A command line of `posada`, in the making.
+#[derive(Clone, Debug)]
+pub struct Launch {
+    arguments: Vec<OsString>,
+    folder: Option<PathBuf>,
+    patience: Duration,
+}
+
+impl Launch {
+    /// `posada run` with the software CPU and the console on its standard input and output.
+    pub fn run() -> Self {
+        Self {
+            arguments: ["run", "--accel", "emulate", "--console", "stdio"]
+                .map(OsString::from)
+                .into(),
+            folder: None,
+            patience: PATIENCE,
+        }
+    }
+
+    /// Any other `posada` command.
+    pub fn command<A: AsRef<OsStr>>(arguments: impl IntoIterator<Item = A>) -> Self {
+        Self {
+            arguments: arguments.into_iter().map(|argument| argument.as_ref().into()).collect(),
+            folder: None,
+            patience: PATIENCE,
+        }
+    }
+
+    /// One more argument.
+    #[must_use]
+    pub fn arg(mut self, argument: impl AsRef<OsStr>) -> Self {
+        self.arguments.push(argument.as_ref().into());
+        self
+    }
+
+    /// `--kernel`.
+    #[must_use]
+    pub fn kernel(self, path: impl AsRef<Path>) -> Self {
+        self.arg("--kernel").arg(path.as_ref())
+    }
+
+    /// `--initramfs`.
+    #[must_use]
+    pub fn initramfs(self, path: impl AsRef<Path>) -> Self {
+        self.arg("--initramfs").arg(path.as_ref())
+    }
+
+    /// `--cmdline`.
+    #[must_use]
+    pub fn cmdline(self, text: &str) -> Self {
+        self.arg("--cmdline").arg(text)
+    }
+
+    /// `--disk`, with `,ro` behind the path if it shall not be written.
+    #[must_use]
+    pub fn disk(self, path: impl AsRef<OsStr>) -> Self {
+        self.arg("--disk").arg(path)
+    }
+
+    /// `--cpus`.
+    #[must_use]
+    pub fn cpus(self, count: u32) -> Self {
+        self.arg("--cpus").arg(count.to_string())
+    }
+
+    /// `--memory`.
+    #[must_use]
+    pub fn memory(self, size: &str) -> Self {
+        self.arg("--memory").arg(size)
+    }
+
+    /// Where the process runs and puts temporary files.
+    #[must_use]
+    pub fn folder(mut self, path: impl AsRef<Path>) -> Self {
+        self.folder = Some(path.as_ref().into());
+        self
+    }
+
+    /// The deadline of everything that is waited for, instead of two minutes.
+    #[must_use]
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
+    /// Starts it.
+    ///
+    /// # Panics
+    /// When there is no binary.
+    pub fn start(&self) -> Process {
+        let mut command = Command::new(posada());
+        command.args(&self.arguments);
+        if let Some(folder) = &self.folder {
+            command.current_dir(folder).env("TMPDIR", folder);
+        }
+        Process::start(&mut command, self.patience)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_is_a_command_line() {
+        let launch = Launch::run()
+            .kernel("k")
+            .cpus(2)
+            .memory("64M")
+            .disk("d,ro")
+            .arg("--debug-exit");
+        let line = launch.arguments.join(OsStr::new(" "));
+        assert_eq!(
+            line,
+            "run --accel emulate --console stdio --kernel k --cpus 2 --memory 64M --disk d,ro --debug-exit"
+        );
+    }
+}

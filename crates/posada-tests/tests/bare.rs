@@ -1,0 +1,112 @@
+//! The bare programs of `guest/bare` in a VM: what user mode cannot reach, and guests that end badly.
+
+use posada_tests::{Ended, Launch, bare_program};
+
+fn bare(name: &str, cpus: u32) -> Launch {
+    Launch::run()
+        .kernel(bare_program(name))
+        .cpus(cpus)
+        .memory("64M")
+        .arg("--debug-exit")
+}
+
+/// Runs a program that checks things; all of them must hold.
+fn all_ok(name: &str, cpus: u32) {
+    let ended = bare(name, cpus).start().end();
+    let failures: Vec<&str> = ended.output.lines().filter(|line| line.contains("FAIL")).collect();
+    if !failures.is_empty() {
+        ended.fail(&format!(
+            "{} checks failed:\n{}\nwanted none",
+            failures.len(),
+            failures.join("\n")
+        ));
+    }
+    ended.expect_code(33);
+    // The program counts too: a line that was lost is not one that held.
+    let held = ended.output.lines().filter(|line| line.starts_with("ok ")).count();
+    if held == 0 || !ended.output.contains(&format!("done: {held} checks, 0 failed")) {
+        ended.fail(&format!("wanted the {held} checks that were seen to be all"));
+    }
+}
+
+macro_rules! all_checks_hold {
+    ($($test:ident: $program:literal on $cpus:literal;)*) => {
+        $(#[test]
+        fn $test() {
+            all_ok($program, $cpus);
+        })*
+    };
+}
+
+all_checks_hold! {
+    a_program_says_hello: "hello" on 1;
+    four_level_paging_is_as_the_manual_says: "paging" on 1;
+    paging_of_32_bits_and_pae_is_as_the_manual_says: "paging32" on 1;
+    exceptions_are_as_the_manual_says: "exceptions" on 1;
+    exceptions_of_32_bits_are_as_the_manual_says: "exceptions32" on 1;
+    debug_registers_and_single_step_work: "debug" on 1;
+    modes_change_there_and_back: "modes" on 1;
+    the_local_apic_is_as_the_manual_says: "apic" on 1;
+    the_local_apic_is_the_same_beside_others: "apic" on 2;
+    code_may_change_itself: "selfmod" on 1;
+    code_may_be_changed_by_another_cpu: "selfmod" on 2;
+    one_cpu_loses_no_wake_up: "smp" on 1;
+    two_cpus_agree: "smp" on 2;
+    four_cpus_agree: "smp" on 4;
+    eight_cpus_agree: "smp" on 8;
+    a_hostile_guest_harms_nobody: "hostile" on 1;
+    a_hostile_guest_with_two_cpus_harms_nobody: "hostile" on 2;
+}
+
+#[test]
+fn a_triple_fault_ends_the_vm_with_a_report() {
+    let ended = bare("triplefault", 1).start().end();
+    ended.expect_code(2);
+    if !ended.errors.starts_with("posada: the guest crashed") || !ended.errors.to_lowercase().contains("rip") {
+        ended.fail("wanted a report with registers");
+    }
+}
+
+#[test]
+fn power_off_ends_the_vm_with_0() {
+    let ended = bare("poweroff", 2).start().end();
+    ended.expect_code(0);
+    if !ended.output.contains("powering off") || !ended.errors.is_empty() {
+        ended.fail("wanted a quiet end");
+    }
+}
+
+fn stop_spinning(cpus: u32, signal: i32) -> Ended {
+    let mut vm = bare("spin", cpus).start();
+    vm.expect("spinning").signal(signal);
+    vm.end()
+}
+
+#[test]
+fn a_guest_that_takes_no_interrupts_stops_on_sigterm() {
+    stop_spinning(1, libc::SIGTERM).expect_code(128 + libc::SIGTERM);
+    stop_spinning(2, libc::SIGTERM).expect_code(128 + libc::SIGTERM);
+}
+
+#[test]
+fn a_guest_that_takes_no_interrupts_stops_on_ctrl_c() {
+    stop_spinning(1, libc::SIGINT).expect_code(128 + libc::SIGINT);
+}
+
+#[test]
+fn a_reset_starts_the_guest_again() {
+    for way in ["acpi", "keyboard", "cf9"] {
+        let mut vm = bare("reset", 2).cmdline(way).start();
+        vm.expect("up\n").expect("up\n").expect("up\n").signal(libc::SIGTERM);
+        vm.end().expect_code(128 + libc::SIGTERM);
+    }
+}
+
+#[test]
+fn a_reset_ends_the_vm_where_no_reboot_is_wanted() {
+    for way in ["acpi", "keyboard", "cf9"] {
+        let ended = bare("reset", 1).cmdline(way).arg("--no-reboot").start().end();
+        ended.expect_code(0);
+        assert_eq!(ended.output, "up\n");
+    }
+}
