@@ -70,6 +70,8 @@ impl Guest {
         core.gdtr = DescriptorTable::default();
         core.idtr = DescriptorTable::default();
         core.ldtr = Segment::default();
+        // A TSS too short for an I/O permission map: no port may be used.
+        core.tr.limit = 0;
         Self { core, memory }
     }
 

@@ -5,8 +5,9 @@ use crate::forms::{self, Form};
 use crate::generate::Generator;
 use crate::guest::Guest;
 use crate::native::{BATCH, Native};
-use crate::state::Outcome;
+use crate::state::{End, Outcome};
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 /// Mismatches of one form.
 struct Mismatches {
@@ -61,7 +62,11 @@ impl Runner {
         }
         let (cases, outcomes) = self.native.run(count);
         for (case, native) in cases.iter().zip(outcomes) {
-            self.guest.run(case, &mut self.outcome);
+            let (guest, outcome) = (&mut self.guest, &mut self.outcome);
+            if catch_unwind(AssertUnwindSafe(|| guest.run(case, outcome))).is_err() {
+                self.outcome.end = End::Died;
+                self.guest = Guest::new();
+            }
             self.cases += 1;
             let differences = compare::differences(case, native, &self.outcome);
             if differences.is_empty() {

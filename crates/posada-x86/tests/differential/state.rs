@@ -134,7 +134,7 @@ pub enum End {
     Retired,
     /// An exception: vector, error code, and CR2 for #PF.
     Raised,
-    /// The child process died of this case, or hung.
+    /// The child process or the software CPU died of this case, or went on without end.
     Died,
 }
 

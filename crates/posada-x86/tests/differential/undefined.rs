@@ -20,6 +20,20 @@ pub struct Undefined {
     pub register: Option<Register>,
     /// One bit for each general register whose upper 32 bits are.
     pub upper_halves: u64,
+    /// The x87 unit's TOP and tags.
+    pub mmx_state: bool,
+    /// All of the x87 unit.
+    pub x87: bool,
+    /// One bit for each vector register.
+    pub vectors: u16,
+    /// MXCSR's flags.
+    pub mxcsr: bool,
+    /// A numeric exception may hide one of memory.
+    pub numeric_first: bool,
+    /// Where #PF may report any address.
+    pub parts: Option<std::ops::Range<u64>>,
+    /// #PF may not be raised at all.
+    pub optional: bool,
     /// Linear addresses of bytes in memory.
     pub memory: Vec<std::ops::Range<u64>>,
 }
@@ -119,10 +133,14 @@ pub fn of(instruction: &Instruction, case: &Case) -> Undefined {
     undefined
 }
 
-/// What a fault may leave changed, though the manual has it change nothing: what processors are seen to do.
+/// What a fault may leave changed, and which fault it is, where that is the processor's own affair: faults of one
+/// instruction have no order among themselves (Intel SDM 3A, table 7-2, last class), and an access of several parts makes
+/// them in any order.
 pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
+    use Mnemonic as M;
     let mut undefined = Undefined::default();
-    let narrow = (0..instruction.op_count()).any(|operand| {
+    let operands = || 0..instruction.op_count();
+    let narrow = operands().any(|operand| {
         matches!(
             instruction.op_kind(operand),
             OpKind::MemorySegESI | OpKind::MemorySegEDI | OpKind::MemoryESEDI
@@ -132,10 +150,65 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     if narrow && (instruction.has_rep_prefix() || instruction.has_repne_prefix()) {
         undefined.upper_halves = 1 << 1 | 1 << 6 | 1 << 7;
     }
-    // An indirect CALL stores the return address and then finds that its target is not canonical.
-    if instruction.mnemonic() == Mnemonic::Call {
-        let stack = case.state.gpr[4];
-        undefined.memory.push(stack.wrapping_sub(8)..stack);
+    // MMX instructions may have entered MMX state, that is, set TOP to 0 and all tags.
+    undefined.mmx_state = operands().any(|operand| instruction.op_register(operand).is_mm());
+    let mut parts = 0;
+    match instruction.mnemonic() {
+        // An indirect CALL stores the return address and then finds that its target is not canonical.
+        M::Call => {
+            let stack = case.state.gpr[4];
+            undefined.memory.push(stack.wrapping_sub(8)..stack);
+        }
+        M::Fldenv => parts = 28,
+        M::Fnstenv => parts = 28,
+        M::Fnsave | M::Frstor => parts = 108,
+        M::Fxsave | M::Fxsave64 => parts = 512,
+        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => parts = area::SIZE as u64,
+        M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => parts = 32,
+        // A part of the registers may be loaded when an image's MXCSR turns out to be bad.
+        M::Fxrstor | M::Fxrstor64 | M::Xrstor | M::Xrstor64 => {
+            parts = area::SIZE as u64;
+            undefined.vectors = u16::MAX;
+            undefined.x87 = true;
+        }
+        // The bytes are stored one by one, at RDI; "a mask of all 0s ... may" fault or not, and so may any byte's.
+        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
+            let segment = match instruction.memory_segment() {
+                Register::FS => case.state.fs_base,
+                Register::GS => case.state.gs_base,
+                _ => 0,
+            };
+            let offset = if narrow {
+                case.state.gpr[7] & 0xffff_ffff
+            } else {
+                case.state.gpr[7]
+            };
+            let address = segment.wrapping_add(offset);
+            undefined.parts = Some(address..address.wrapping_add(16));
+            undefined.optional = true;
+        }
+        // Numeric exceptions may come before or after those of the operand's store.
+        M::Vcvtps2ph => {
+            undefined.numeric_first = case.state.mxcsr() & 0x1f80 != 0x1f80;
+            undefined.mxcsr = true;
+        }
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp => {
+            undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
+        }
+        // Elements may be gathered in any order, as long as none is missing below the one that faults ("VGATHERDPS").
+        _ if instruction.is_vsib() => {
+            for operand in [0, 2] {
+                undefined.vectors |= 1 << instruction.op_register(operand).number();
+            }
+        }
+        _ => {}
+    }
+    if parts != 0
+        && let Some(address) = crate::generate::operand_address(instruction, case)
+    {
+        let range = address..address.wrapping_add(parts);
+        undefined.memory.push(range.clone());
+        undefined.parts = Some(range);
     }
     undefined
 }
