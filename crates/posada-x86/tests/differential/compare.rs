@@ -53,34 +53,31 @@ impl Differences {
 
 /// Whether two cases ended alike, as far as that is defined.
 fn same_end(undefined: &Undefined, native: &Outcome, guest: &Outcome) -> bool {
-    let ended = |outcome: &Outcome| {
-        // Linux sets P in a fault of its own half, to tell nothing of its layout (arch/x86/mm/fault.c).
-        let hidden = outcome.vector == 14 && outcome.address >= USER_END;
-        let error = outcome.error | u32::from(hidden);
-        (outcome.end, outcome.vector, error, outcome.address)
-    };
+    // Linux sets P in a fault of its own half, to tell nothing of its layout (arch/x86/mm/fault.c).
+    let error = |outcome: &Outcome| outcome.error | u32::from(outcome.vector == 14 && outcome.address >= USER_END);
+    let ended = |outcome: &Outcome| (outcome.end, outcome.vector, error(outcome), outcome.address);
     if ended(native) == ended(guest) {
         return true;
     }
-    let both = |test: fn(&Outcome) -> bool| test(native) && test(guest);
-    let any_part = undefined.parts.as_ref().is_some_and(|parts| {
-        let page = |outcome: &Outcome| outcome.address >> 12;
-        both(|outcome| outcome.end == End::Raised && outcome.vector == 14)
-            && parts.contains(&native.address)
-            && parts.contains(&guest.address)
-            && (page(native) != page(guest) || native.error == guest.error)
-    });
-    // One side took a fault of memory, the other a numeric exception: at once, or (x87) at the next instruction.
-    let memory = |outcome: &Outcome| outcome.end == End::Raised && matches!(outcome.vector, 12..=14);
-    let numeric = |outcome: &Outcome| outcome.end == End::Retired || matches!(outcome.vector, 16 | 19);
-    let hidden = undefined.numeric_first && (memory(native) && numeric(guest) || memory(guest) && numeric(native));
-    let fault = |outcome: &Outcome| {
-        let parts = undefined.parts.as_ref();
-        outcome.vector == 14 && parts.is_some_and(|parts| parts.contains(&outcome.address))
-    };
     let retired = |outcome: &Outcome| outcome.end == End::Retired;
-    let optional = undefined.optional && (fault(native) && retired(guest) || fault(guest) && retired(native));
-    any_part || (hidden || optional) && both(|outcome| outcome.end != End::Died)
+    let memory = |outcome: &Outcome| outcome.end == End::Raised && matches!(outcome.vector, 12..=14);
+    let part = |outcome: &Outcome| {
+        let inside = |(first, length)| outcome.address.wrapping_sub(first) < length;
+        outcome.end == End::Raised && outcome.vector == 14 && undefined.parts.is_some_and(inside)
+    };
+    let same_page = native.address >> 12 == guest.address >> 12;
+    if part(native) && part(guest) {
+        return !same_page || error(native) == error(guest);
+    }
+    // One side took a fault of memory, the other a numeric exception: at once, or (x87) at the next instruction.
+    let numeric =
+        |outcome: &Outcome| retired(outcome) || outcome.end == End::Raised && matches!(outcome.vector, 16 | 19);
+    let either = |one: &dyn Fn(&Outcome) -> bool, other: &dyn Fn(&Outcome) -> bool| {
+        one(native) && other(guest) || one(guest) && other(native)
+    };
+    undefined.numeric_first && either(&memory, &numeric)
+        || undefined.optional && either(&part, &retired)
+        || undefined.any_memory_fault && either(&memory, &memory)
 }
 
 /// What differs between the CPU's outcome and the guest's; empty when nothing does.
@@ -97,6 +94,7 @@ pub fn differences(case: &Case, native: &Outcome, guest: &Outcome) -> Vec<String
             return found.0;
         }
     } else if (native.end, native.vector) != (guest.end, guest.vector) {
+        // Alike in the manual's eyes, yet with nothing to compare.
         return found.0;
     }
     registers(&mut found, &undefined, native, guest);

@@ -331,7 +331,8 @@ impl Draft<'_> {
                 area::HEADER + 16,
                 area::HEADER + 63,
             ]);
-            source[at] = self.rng.next() as u8;
+            // Of the components' bits only those that no processor here has or all have.
+            source[at] = self.rng.next() as u8 & 0x1f;
         }
         let length = bytes.len().min(source.len());
         bytes[..length].copy_from_slice(&source[..length]);

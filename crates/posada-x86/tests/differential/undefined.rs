@@ -30,8 +30,10 @@ pub struct Undefined {
     pub mxcsr: bool,
     /// A numeric exception may hide one of memory.
     pub numeric_first: bool,
-    /// Where #PF may report any address.
-    pub parts: Option<std::ops::Range<u64>>,
+    /// Where #PF may report any address: the first, and how many bytes.
+    pub parts: Option<(u64, u64)>,
+    /// Each of two memory operands may fault first.
+    pub any_memory_fault: bool,
     /// #PF may not be raised at all.
     pub optional: bool,
     /// Linear addresses of bytes in memory.
@@ -152,16 +154,25 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     }
     // MMX instructions may have entered MMX state, that is, set TOP to 0 and all tags.
     undefined.mmx_state = operands().any(|operand| instruction.op_register(operand).is_mm());
+    if matches!(
+        instruction.mnemonic(),
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp
+    ) {
+        undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
+    }
     let mut parts = 0;
     match instruction.mnemonic() {
-        // An indirect CALL stores the return address and then finds that its target is not canonical.
+        // An indirect CALL stores the return address, and then finds that its target is not canonical.
         M::Call => {
+            undefined.any_memory_fault = true;
             let stack = case.state.gpr[4];
             undefined.memory.push(stack.wrapping_sub(8)..stack);
         }
         M::Fldenv => parts = 28,
         M::Fnstenv => parts = 28,
         M::Fnsave | M::Frstor => parts = 108,
+        // Ten bytes are eight and two.
+        M::Fstp | M::Fbstp | M::Fld | M::Fbld if instruction.memory_size().size() == 10 => parts = 10,
         M::Fxsave | M::Fxsave64 => parts = 512,
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => parts = area::SIZE as u64,
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => parts = 32,
@@ -170,6 +181,8 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
             parts = area::SIZE as u64;
             undefined.vectors = u16::MAX;
             undefined.x87 = true;
+            // Nor does it say whether components that are not asked for are read.
+            undefined.optional = true;
         }
         // The bytes are stored one by one, at RDI; "a mask of all 0s ... may" fault or not, and so may any byte's.
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
@@ -184,7 +197,7 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
                 case.state.gpr[7]
             };
             let address = segment.wrapping_add(offset);
-            undefined.parts = Some(address..address.wrapping_add(16));
+            undefined.parts = Some((address, 16));
             undefined.optional = true;
         }
         // Numeric exceptions may come before or after those of the operand's store.
@@ -192,9 +205,8 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
             undefined.numeric_first = case.state.mxcsr() & 0x1f80 != 0x1f80;
             undefined.mxcsr = true;
         }
-        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp => {
-            undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
-        }
+        // Either operand may be read first.
+        M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => undefined.any_memory_fault = true,
         // Elements may be gathered in any order, as long as none is missing below the one that faults ("VGATHERDPS").
         _ if instruction.is_vsib() => {
             for operand in [0, 2] {
@@ -206,9 +218,8 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     if parts != 0
         && let Some(address) = crate::generate::operand_address(instruction, case)
     {
-        let range = address..address.wrapping_add(parts);
-        undefined.memory.push(range.clone());
-        undefined.parts = Some(range);
+        undefined.memory.push(address..address.wrapping_add(parts));
+        undefined.parts = Some((address, parts));
     }
     undefined
 }
