@@ -26,7 +26,8 @@ pub const S5_TYPE: u8 = 5;
 pub const RESET_VALUE: u8 = 1;
 
 const SLEEP_CONTROL: u16 = 0;
-const RESET: u16 = 2;
+/// Offset of the reset register.
+pub const RESET: u16 = 2;
 /// SLP_EN, ACPI 6.5 section 4.8.3.7.
 const SLEEP_ENABLE: u8 = 1 << 5;
 

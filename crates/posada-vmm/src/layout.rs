@@ -9,6 +9,7 @@
 //! | `0x2_0000` | command line | as boot loaders do |
 //! | `0x9_fc00` | end of low RAM | where a BIOS has its extended data |
 //! | `0xe_0000` | RSDP, ACPI tables from `0xe_1000` | Linux scans from here without being told |
+//! | `0xf_fff0` | code that resets the machine | where real-mode code jumps to ask a BIOS for a reset, F000:FFF0 |
 //! | `0x10_0000` | first address a kernel may take | end of the PC's low memory |
 //! | `0xc000_0000` | PCI window, begin of the MMIO hole (3-4 GiB) | |
 //! | `0xe000_0000` | ECAM of bus 0 | |
@@ -47,6 +48,8 @@ pub const LOW_RAM_END: u64 = 0x9_fc00;
 pub const RSDP: u64 = 0xe_0000;
 /// ACPI tables.
 pub const ACPI_TABLES: u64 = 0xe_1000;
+/// Real mode's entry into a BIOS, 16 bytes.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First address a kernel may be loaded to.
 pub const KERNEL: u64 = 0x10_0000;
 /// PCI BARs.
@@ -116,6 +119,7 @@ mod tests {
             (LOW_RAM_END, 0),
             (RSDP, 0x100),
             (ACPI_TABLES, 0x1000 + 8 * u64::from(acpi::MAX_CPUS)),
+            (RESET_VECTOR, 16),
             (KERNEL, 0),
         ];
         for pair in ranges.windows(2) {

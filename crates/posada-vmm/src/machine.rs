@@ -117,7 +117,7 @@ impl Machine {
             add(console.clone())?;
         }
 
-        put_acpi(ram, parts.cpus)?;
+        put_firmware(ram, parts.cpus)?;
         Ok(Self {
             ports,
             mmio,
@@ -139,7 +139,8 @@ fn power_sink(control: &Arc<Control>) -> PowerSink {
     })
 }
 
-fn put_acpi(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
+/// What a guest finds of a firmware: the ACPI tables, and the way to a reset that Linux takes when it has no EFI.
+fn put_firmware(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
     let window = layout::PCI_WINDOW;
     let tables = acpi::build(
         cpus,
@@ -155,11 +156,14 @@ fn put_acpi(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
             power_button: None,
         },
     );
-    for (at, bytes) in tables {
+    let [low, high] = (layout::POWER_PORT + power::RESET).to_le_bytes();
+    // mov dx, port; mov al, value; out dx, al; cli; hlt
+    let reset = vec![0xba, low, high, 0xb0, power::RESET_VALUE, 0xee, 0xfa, 0xf4];
+    for (at, bytes) in tables.into_iter().chain([(layout::RESET_VECTOR, reset)]) {
         ram.memory()
             .write_slice(&bytes, GuestAddress(at))
             .map_err(|error| Error::Host {
-                what: "ACPI tables",
+                what: "firmware",
                 source: io::Error::other(error),
             })?;
     }
