@@ -188,6 +188,10 @@ pub struct Core {
     pub careful: bool,
     /// DR6 bits of data break points that the current instruction hit.
     pub watch_hits: u64,
+    /// A handler was entered through the IDT or IVT.
+    pub entered: bool,
+    /// The page-directory-pointer entries of PAE paging, as the last load of CR3 found them.
+    pub pdptes: [u64; 4],
     /// Guest instructions executed.
     pub instructions: u64,
     /// The processor shut down (triple fault).
@@ -237,6 +241,8 @@ impl Core {
             raised: Exception::default(),
             careful: false,
             watch_hits: 0,
+            entered: false,
+            pdptes: [0; 4],
             instructions: 0,
             shut_down: false,
             halted: false,
@@ -298,6 +304,7 @@ impl Core {
         for (register, ymm) in self.vector.ymm.iter_mut().enumerate() {
             ymm[..16].copy_from_slice(&state.fxsave[160 + register * 16..][..16]);
         }
+        self.pdptes = self.read_pdptes(self.cr[3]);
         self.mmu.flush();
         self.update_mode();
     }

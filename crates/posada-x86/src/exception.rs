@@ -212,6 +212,7 @@ impl Core {
             self.system_flags &= !flag::IF;
         }
         self.interrupt_shadow = false;
+        self.entered = true;
         self.update_mode();
         Ok(())
     }
@@ -236,6 +237,7 @@ impl Core {
         self.set_rip(u64::from(entry as u16));
         self.system_flags &= !(flag::IF | flag::TF | flag::RF | flag::AC);
         self.interrupt_shadow = false;
+        self.entered = true;
         self.update_mode();
         Ok(())
     }

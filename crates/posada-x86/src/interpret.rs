@@ -338,11 +338,14 @@ impl Core {
         let resume = before.0 & flag::RF;
         let hits = if resume != 0 { 0 } else { self.code_breakpoints(linear) };
         if hits != 0 {
+            // A fault: the handler returns past the break point by RF in its frame.
+            self.system_flags |= flag::RF;
             self.raise_debug(hits);
             return None;
         }
         // RF holds for one instruction, which may set it anew (IRET).
         self.system_flags &= !flag::RF;
+        self.entered = false;
         match self.step() {
             Ok(()) => {
                 if self.rip() == before.2 {
@@ -354,8 +357,8 @@ impl Core {
                     return None;
                 }
                 let mut dr6 = std::mem::take(&mut self.watch_hits);
-                // INT n and SYSCALL enter the kernel without a trap when they clear TF.
-                let entered = self.cpl != before.1 && self.system_flags & flag::TF == 0;
+                // INT n and SYSCALL enter their handlers without a trap when they clear TF.
+                let entered = (self.entered || self.cpl != before.1) && self.system_flags & flag::TF == 0;
                 if before.0 & flag::TF != 0 && !entered {
                     dr6 |= 1 << 14;
                 }
@@ -387,15 +390,5 @@ impl Core {
         self.debug = debug.clone();
         self.debug_passed = self.debug_passed.filter(|at| debug.breakpoints.contains(at));
         self.update_mode();
-    }
-
-    /// DR6 bits of the code break points at `linear`.
-    fn code_breakpoints(&self, linear: u64) -> u64 {
-        (0..4)
-            .filter(|&number| {
-                let (enabled, kind) = (self.dr[7] >> (number * 2) & 3, self.dr[7] >> (16 + number * 4) & 3);
-                enabled != 0 && kind == 0 && self.dr[number] == linear
-            })
-            .fold(0, |bits, number| bits | 1 << number)
     }
 }

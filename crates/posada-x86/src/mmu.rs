@@ -402,21 +402,6 @@ impl Core {
         Ok(mapping.gpa)
     }
 
-    /// DR6 bits of the data break points (DR7, Intel SDM 3B, 18.2.4) that an access touches.
-    fn watched(&self, linear: u64, length: u64, write: bool) -> u64 {
-        (0..4)
-            .filter(|&number| {
-                let (enabled, kind) = (self.dr[7] >> (number * 2) & 3, self.dr[7] >> (16 + number * 4) & 15);
-                let bytes = [1, 2, 8, 4][(kind >> 2) as usize];
-                let start = self.dr[number] & !(bytes - 1);
-                // Kind 1 breaks on writes, 3 on reads too; 0 is code, 2 needs CR4.DE and I/O.
-                let wanted = kind & 3 == 3 || kind & 3 == 1 && write;
-                let overlap = linear.wrapping_sub(start) < bytes || start.wrapping_sub(linear) < length;
-                enabled != 0 && wanted && overlap
-            })
-            .fold(0, |bits, number| bits | 1 << number)
-    }
-
     /// Reads guest physical memory, at most 64 bytes inside one page.
     pub(crate) fn physical_read(&mut self, gpa: u64, data: &mut [u8]) {
         if let Some(host) = self.ram.host(gpa, data.len() as u64) {

@@ -1,6 +1,7 @@
 //! Page walks: no paging, 32-bit, PAE and 4-level (Intel SDM 3A, chapter 4).
 
 use crate::core::Core;
+use crate::fault::Exec;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// Width of guest physical addresses (CPUID 80000008h); page-table bits above are reserved.
@@ -138,25 +139,22 @@ impl Core {
         let long = self.long_mode();
         let execute_disable = self.msr.efer & 1 << 11 != 0;
         let reserved = if long { BEYOND } else { BEYOND | 0x7ff << 52 } | if execute_disable { 0 } else { NO_EXECUTE };
-        let (mut shift, mut table) = if long {
-            (39, self.cr[3] & ADDRESS)
-        } else {
-            (30, self.cr[3] & 0xffff_ffe0)
-        };
+        let (mut shift, mut table) = if long { (39, self.cr[3] & ADDRESS) } else { (30, 0) };
         let mut rights = WRITABLE | USER;
         loop {
+            if !long && shift == 30 {
+                // A PDPTE has neither rights nor an accessed bit.
+                let entry = self.pdptes[(linear >> 30 & 3) as usize];
+                if entry & PRESENT == 0 {
+                    return Err(0);
+                }
+                (table, shift) = (entry & ADDRESS, 21);
+                continue;
+            }
             let at = table + (linear >> shift & 0x1ff) * 8;
             let entry = self.read_entry(at);
             if entry & PRESENT == 0 {
                 return Err(0);
-            }
-            if !long && shift == 30 {
-                // A PDPTE has neither rights nor an accessed bit.
-                if entry & (BEYOND | 0xfff << 52 | 0x1e6) != 0 {
-                    return Err(9);
-                }
-                (table, shift) = (entry & ADDRESS, 21);
-                continue;
             }
             if entry & reserved != 0 || shift == 39 && entry & LARGE != 0 {
                 return Err(9);
@@ -177,6 +175,31 @@ impl Core {
             }
             (table, shift) = (entry & ADDRESS, shift - 9);
         }
+    }
+
+    /// The page-directory-pointer entries that PAE paging takes from `cr3` (Intel SDM 3A, 4.4.1).
+    pub(crate) fn read_pdptes(&self, cr3: u64) -> [u64; 4] {
+        std::array::from_fn(|number| self.read_entry((cr3 & 0xffff_ffe0) + number as u64 * 8))
+    }
+
+    /// Loads the page-directory-pointer entries, if `cr0`, `cr4` and EFER are those of PAE paging.
+    ///
+    /// # Errors
+    /// #GP(0) if one of them has a reserved bit set; nothing is changed then.
+    pub(crate) fn load_pdptes(&mut self, cr0: u64, cr3: u64, cr4: u64) -> Exec {
+        if cr0 >> 31 & 1 == 0 || cr4 & 1 << 5 == 0 || self.msr.efer & 1 << 8 != 0 {
+            return Ok(());
+        }
+        let entries = self.read_pdptes(cr3);
+        let reserved = BEYOND | 0xfff << 52 | 0x1e6;
+        if entries
+            .iter()
+            .any(|entry| entry & PRESENT != 0 && entry & reserved != 0)
+        {
+            return self.general_protection();
+        }
+        self.pdptes = entries;
+        Ok(())
     }
 
     fn descend_32bit(&self, linear: u32, path: &mut Path) -> Result<Leaf, u32> {

@@ -67,6 +67,9 @@ impl Core {
             }
             efer &= !LMA;
         }
+        if (old ^ value) & (PG | NW | CD) != 0 {
+            self.load_pdptes(value, self.cr[3], self.cr[4])?;
+        }
         self.cr[0] = value;
         self.msr.efer = efer;
         if (old ^ value) & (PG | PE | WP) != 0 {
@@ -90,6 +93,7 @@ impl Core {
         if self.long_mode() && value >> PHYSICAL_BITS != 0 {
             return self.general_protection();
         }
+        self.load_pdptes(self.cr[0], value, self.cr[4])?;
         self.cr[3] = value;
         self.mmu.flush_non_global();
         self.leave_block();
@@ -109,6 +113,7 @@ impl Core {
         {
             return self.general_protection();
         }
+        self.load_pdptes(self.cr[0], self.cr[3], value)?;
         self.cr[4] = value;
         self.mmu.flush();
         self.update_mode();

@@ -36,6 +36,37 @@ fn access(core: &mut Core, insn: &Insn) -> Exec<usize> {
     Ok(number)
 }
 
+impl Core {
+    /// DR6 bits of the break points that are on, of a kind that is `wanted` and have a byte among `length` at `address`.
+    fn breakpoints(&self, address: u64, length: u64, wanted: impl Fn(u64) -> bool) -> u64 {
+        let hit = |&number: &usize| {
+            let (enabled, kind) = (self.dr[7] >> (number * 2) & 3, self.dr[7] >> (16 + number * 4) & 15);
+            let bytes = [1, 2, 8, 4][(kind >> 2) as usize];
+            let start = self.dr[number] & !(bytes - 1);
+            let overlap = address.wrapping_sub(start) < bytes || start.wrapping_sub(address) < length;
+            enabled != 0 && wanted(kind & 3) && overlap
+        };
+        (0..4).filter(hit).fold(0, |bits, number| bits | 1 << number)
+    }
+
+    /// DR6 bits of the data break points that an access touches.
+    pub(crate) fn watched(&self, linear: u64, length: u64, write: bool) -> u64 {
+        self.breakpoints(linear, length, |kind| kind == 3 || kind == 1 && write)
+    }
+
+    /// DR6 bits of the code break points at an instruction.
+    pub(crate) fn code_breakpoints(&self, linear: u64) -> u64 {
+        self.breakpoints(linear, 1, |kind| kind == 0)
+    }
+
+    /// Notes the I/O break points that an access to ports touches; they exist with CR4.DE.
+    pub(crate) fn watch_ports(&mut self, port: u16, length: u64) {
+        if self.careful && self.cr[4] & 1 << 3 != 0 {
+            self.watch_hits |= self.breakpoints(port.into(), length, |kind| kind == 2);
+        }
+    }
+}
+
 /// MOV from a debug register: `reg` is its number, `rm` the general register.
 pub fn mov_from_dr(core: &mut Core, insn: &Insn) -> Exec {
     let value = core.dr[access(core, insn)?];

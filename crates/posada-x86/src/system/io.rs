@@ -48,12 +48,14 @@ impl Core {
 
     fn port_read<T: Size>(&mut self, port: u16) -> T {
         let mut data = [0; 8];
+        self.watch_ports(port, T::BYTES);
         self.machine.port_read(port, &mut data[..T::BYTES as usize]);
         T::from_u64(u64::from_le_bytes(data))
     }
 
     fn port_write<T: Size>(&mut self, port: u16, value: T) {
         let data = value.to_u64().to_le_bytes();
+        self.watch_ports(port, T::BYTES);
         self.machine.port_write(port, &data[..T::BYTES as usize]);
     }
 
