@@ -4,6 +4,7 @@ use crate::core::{Core, gpr};
 use crate::fault::Exec;
 use crate::flags::holds;
 use crate::insn::{ADDRESS16, ADDRESS32, Insn, OPERAND16};
+use crate::interpret::BRANCHED;
 use crate::operand::Source;
 
 impl Core {
@@ -54,10 +55,11 @@ fn near_bytes(core: &Core, insn: &Insn) -> u64 {
     }
 }
 
-/// Jcc in 64-bit mode.
+/// Jcc in 64-bit mode: taken, it leaves its block.
 pub fn jcc64<const CC: u8>(core: &mut Core, insn: &Insn) -> Exec {
     if holds::<CC>(core.arithmetic) {
-        return core.jump64(relative(core, insn));
+        core.jump64(relative(core, insn))?;
+        core.stop_at = BRANCHED;
     }
     Ok(())
 }
@@ -67,6 +69,7 @@ pub fn jcc<const CC: u8>(core: &mut Core, insn: &Insn) -> Exec {
     if holds::<CC>(core.arithmetic) {
         let target = core.near_target(insn, relative(core, insn))?;
         core.set_rip(target);
+        core.stop_at = BRANCHED;
     }
     Ok(())
 }

@@ -1,13 +1,16 @@
 //! The interpreter: a cache of decoded blocks and the loop that runs them.
 //!
-//! A block is what follows from one entry point up to the first instruction that may change RIP, the mode or what is
-//! mapped, inside one page. It is keyed by guest physical address and code size, so it survives changes of address space,
-//! and it is valid as long as its page's version in the code map stands still.
+//! A block is what follows from one entry point up to the first instruction that always changes RIP, or may change the mode
+//! or what is mapped, inside one page. It is keyed by guest physical address and code size, so it survives changes of address space,
+//! and it is valid as long as its page's version in the code map stands still. A taken conditional branch leaves it early.
+//!
+//! A second table leads from RIP straight to a block, as long as nothing is unmapped: the soft TLBs' generation tells.
 
 use crate::core::{CodeSize, Core, flag, seg};
 use crate::decode::{self, Decoded, MAX_LENGTH};
 use crate::fault::{Exception, Exec, vector};
 use crate::insn::Insn;
+use posada_memory::CodePage;
 
 /// Decoded instructions kept: 2 MiB.
 const INSNS: usize = 1 << 16;
@@ -16,6 +19,13 @@ const BLOCKS: usize = 1 << 14;
 /// The longest block, in instructions.
 const LONGEST: usize = 64;
 const PAGE: u64 = 4096;
+/// Entries of the table by RIP: 128 KiB.
+const JUMPS: usize = 1 << 11;
+/// [`Jump::context`] of blocks in global pages.
+const GLOBALLY: u64 = u64::MAX;
+/// [`Core::stop_at`] after a branch in the middle of a block: as every value below the end of the block it leaves the
+/// block, but unlike 0 it means that nothing needs a look.
+pub const BRANCHED: usize = 1;
 
 /// Why [`Core::execute`] came back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,10 +59,25 @@ const EMPTY: Block = Block {
     length: 0,
 };
 
+/// A block by RIP, in 64-bit mode.
+#[derive(Clone, Copy)]
+struct Jump {
+    rip: u64,
+    /// The mappings and the rights under which it leads there: see [`Core::jump_tag`] and [`crate::mmu::Generation`].
+    tag: u64,
+    context: u64,
+    block: Block,
+    page: *const CodePage,
+}
+
+// SAFETY: the record it points to belongs to the guest RAM of the Core that owns this, and is an atomic.
+unsafe impl Send for Jump {}
+
 /// Decoded blocks of one vCPU: a ring of instructions, where new ones overwrite the oldest, and a direct-mapped table.
 pub struct Cache {
     insns: Vec<Insn>,
     blocks: Box<[Block]>,
+    jumps: Box<[Jump]>,
     /// Where the next block's instructions go.
     head: u64,
 }
@@ -62,6 +87,18 @@ impl Default for Cache {
         Self {
             insns: Vec::with_capacity(INSNS),
             blocks: vec![EMPTY; BLOCKS].into_boxed_slice(),
+            jumps: vec![
+                Jump {
+                    rip: 0,
+                    // A tag that no mode and generation have.
+                    tag: u64::MAX,
+                    context: 0,
+                    block: EMPTY,
+                    page: std::ptr::null(),
+                };
+                JUMPS
+            ]
+            .into_boxed_slice(),
             head: 0,
         }
     }
@@ -131,8 +168,24 @@ impl Core {
                 }
                 continue;
             }
+            if self.bits64() {
+                let jump = &self.cache.jumps[Self::jump_slot(self.rip())];
+                let here = jump.context == GLOBALLY || jump.context == self.mmu.generation().context;
+                if jump.rip == self.rip() && jump.tag == self.jump_tag() && here {
+                    // SAFETY: a filled entry's page is a record of this Core's guest RAM.
+                    let version = unsafe { (*jump.page).version() };
+                    if version == jump.block.version && self.cache.holds(&jump.block) {
+                        let block = jump.block;
+                        self.run_block(block);
+                        continue;
+                    }
+                }
+            }
             match self.find_block() {
-                Ok(Some(block)) => self.run_block(block),
+                Ok(Some(block)) => {
+                    self.remember(block);
+                    self.run_block(block);
+                }
                 Ok(None) => {
                     if self.step().is_err() {
                         self.deliver_raised();
@@ -140,6 +193,35 @@ impl Core {
                 }
                 Err(_) => self.deliver_raised(),
             }
+        }
+    }
+
+    #[inline(always)]
+    fn jump_slot(rip: u64) -> usize {
+        (rip ^ rip >> 11) as usize % JUMPS
+    }
+
+    /// What must be the same for RIP to lead to the same block: the mappings, and whose rights fetch.
+    #[inline(always)]
+    fn jump_tag(&self) -> u64 {
+        self.mmu.generation().all << 1 | u64::from(self.cpl == 3)
+    }
+
+    /// Enters the block at RIP into the table by RIP.
+    fn remember(&mut self, block: Block) {
+        if self.bits64() {
+            let rip = self.rip();
+            self.cache.jumps[Self::jump_slot(rip)] = Jump {
+                rip,
+                tag: self.jump_tag(),
+                context: if self.fetched_globally(rip) {
+                    GLOBALLY
+                } else {
+                    self.mmu.generation().context
+                },
+                block,
+                page: self.ram.code().page(block.key >> 2),
+            };
         }
     }
 
@@ -151,18 +233,22 @@ impl Core {
         let insns = &self.cache.insns[at..at + usize::from(block.count)];
         // The loop below hands the Core to handlers; none of them touches the cache, which changes between blocks only.
         let range = insns.as_ptr_range();
+        let done = |cursor: *const Insn| (cursor as usize - range.start as usize) as u64 / size_of::<Insn>() as u64;
         loop {
             let mut cursor = range.start;
+            let mut rip = start;
             self.stop_at = range.end as usize;
             loop {
                 // SAFETY: the cursor is inside the block's instructions, which stay where they are while a block runs.
                 let insn = unsafe { &*cursor };
-                self.set_rip(self.rip().wrapping_add(insn.length.into()));
+                // RIP is only stored: who changes it leaves the block.
+                rip = rip.wrapping_add(insn.length.into());
+                self.set_rip(rip);
                 let result = (insn.exec)(self, insn);
                 // SAFETY: at most one past the last instruction.
                 cursor = unsafe { cursor.add(1) };
                 if result.is_err() {
-                    self.instructions += (cursor as usize - range.start as usize) as u64 / size_of::<Insn>() as u64;
+                    self.instructions += done(cursor);
                     self.take_back(insn);
                     self.deliver_raised();
                     return;
@@ -171,7 +257,7 @@ impl Core {
                     break;
                 }
             }
-            self.instructions += (cursor as usize - range.start as usize) as u64 / size_of::<Insn>() as u64;
+            self.instructions += done(cursor);
             if self.rip() != start || self.stop_at == 0 || self.shared.pending() {
                 return;
             }

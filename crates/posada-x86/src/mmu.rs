@@ -42,6 +42,15 @@ impl Entry {
     }
 }
 
+/// How often mappings were forgotten: those of any page, and those of all pages that are not global.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Generation {
+    /// Flushes that may concern any mapping.
+    pub all: u64,
+    /// Flushes of what is not global.
+    pub context: u64,
+}
+
 /// Soft TLBs.
 pub struct Mmu {
     /// All tables, one after another.
@@ -52,6 +61,8 @@ pub struct Mmu {
     /// bit sets, so that forgetting a small page need not look at every slot.
     large: [u64; 16],
     huge: u64,
+    /// Counts what was forgotten: while `all` stands global mappings hold, while both stand all do.
+    generation: Generation,
     /// The data table of the current mode: its first slot.
     active: usize,
 }
@@ -66,6 +77,7 @@ impl Default for Mmu {
             filled: Vec::new(),
             large: [0; 16],
             huge: 0,
+            generation: Generation::default(),
             active: SUPERVISOR * ENTRIES,
         }
     }
@@ -117,6 +129,7 @@ impl Mmu {
             self.entries[usize::from(slot)] = Entry::empty(slot.into());
         }
         (self.large, self.huge) = ([0; 16], 0);
+        self.generation.all += 1;
     }
 
     fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
@@ -134,10 +147,18 @@ impl Mmu {
     /// Forgets all but global pages.
     pub fn flush_non_global(&mut self) {
         self.flush_where(|entry| entry.gpa & GLOBAL == 0);
+        self.generation.context += 1;
+    }
+
+    /// How often what was forgotten.
+    #[inline(always)]
+    pub fn generation(&self) -> Generation {
+        self.generation
     }
 
     /// Forgets one page, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
+        self.generation.all += 1;
         let large = self.large[(linear >> 27 & 15) as usize] >> (linear >> 21 & 63) & 1;
         if large | self.huge >> (linear >> 30 & 63) & 1 == 0 {
             for table in 0..TABLES {
@@ -575,7 +596,11 @@ impl Core {
     /// bus answers all ones, which is no instruction: #UD.
     #[inline]
     pub fn fetch_page(&mut self, linear: u64) -> Exec<(u64, *const u8)> {
-        let first = if self.cpl == 3 { FETCH_USER } else { FETCH_SUPERVISOR } * ENTRIES;
+        let first = self.fetch_table();
+        let entry = self.mmu.entry(first, linear);
+        if (linear ^ entry.read) < 4096 {
+            return Ok((entry.gpa & !0xfff, entry.host));
+        }
         self.look_up(first, linear, false)?;
         let entry = self.mmu.entry(first, linear);
         if (linear ^ entry.read) < 4096 {
@@ -583,6 +608,17 @@ impl Core {
         } else {
             self.raise(vector::UD)
         }
+    }
+
+    #[inline(always)]
+    fn fetch_table(&self) -> usize {
+        let table = if self.cpl == 3 { FETCH_USER } else { FETCH_SUPERVISOR };
+        table * ENTRIES
+    }
+
+    /// True if the page of code at `linear`, which was just fetched from, is mapped globally.
+    pub(crate) fn fetched_globally(&self, linear: u64) -> bool {
+        self.mmu.entry(self.fetch_table(), linear).gpa & GLOBAL != 0
     }
 
     /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, DR7, the segments, the system flags and the debugger's

@@ -434,7 +434,7 @@ impl Decoder<'_> {
     }
 
     pub(super) fn conditional(&mut self, opcode: u8) {
-        self.last(if self.bits64() {
+        self.set(if self.bits64() {
             condition!(opcode, branch::jcc64)
         } else {
             condition!(opcode, branch::jcc)
