@@ -3,9 +3,9 @@
 use crate::fault::{Exception, Exec, Raised, vector};
 use crate::interpret::Cache;
 use crate::lapic::Lapic;
-use crate::mmu::Mmu;
 use crate::native::Native;
 use crate::shared::Shared;
+use crate::tlb::Mmu;
 use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment};
 use posada_memory::GuestRam;
 use std::sync::Arc;

@@ -63,7 +63,7 @@ const EMPTY: Block = Block {
 #[derive(Clone, Copy)]
 struct Jump {
     rip: u64,
-    /// The mappings and the rights under which it leads there: see [`Core::jump_tag`] and [`crate::mmu::Generation`].
+    /// The mappings and the rights under which it leads there: see [`Core::jump_tag`] and [`crate::tlb::Generation`].
     tag: u64,
     context: u64,
     block: Block,
