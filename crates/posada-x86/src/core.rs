@@ -141,7 +141,7 @@ impl Default for VectorState {
 /// One software CPU.
 #[repr(C)]
 pub struct Core {
-    /// RAX-R15, a zero slot, RIP: see [`Insn`].
+    /// RAX-R15, a zero slot, RIP: see [`crate::insn::Insn`].
     pub regs: [u64; 18],
     /// The run loop leaves the block when its cursor reaches this; 0 leaves after the current instruction.
     pub stop_at: usize,

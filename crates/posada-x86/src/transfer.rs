@@ -90,7 +90,7 @@ pub fn mov<T: Size, D: Place, S: Source>(core: &mut Core, insn: &Insn) -> Exec {
     D::write(core, insn, value)
 }
 
-/// MOV rAX, [offset]: the offset is `imm`.
+/// MOV of rAX from an absolute offset, which is `imm`.
 pub fn mov_from_offset<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
     let linear = core.segment_linear(insn.segment.into(), insn.imm, T::BYTES, false)?;
     let value = core.load::<T>(linear)?;
@@ -98,7 +98,7 @@ pub fn mov_from_offset<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
     Ok(())
 }
 
-/// MOV [offset], rAX.
+/// MOV of rAX to an absolute offset.
 pub fn mov_to_offset<T: Size>(core: &mut Core, insn: &Insn) -> Exec {
     let linear = core.segment_linear(insn.segment.into(), insn.imm, T::BYTES, true)?;
     core.store(linear, core.read_reg::<T>(0))

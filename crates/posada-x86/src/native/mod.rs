@@ -1,5 +1,5 @@
 //! Vector, x87, MMX, crypto and bit-manipulation instructions: the host runs the guest's own instruction, in a stub that
-//! takes registers and flags from the [`Core`] and puts them back, with the memory operand led to host memory.
+//! takes registers and flags from the [`Core`](crate::core::Core) and puts them back, with the memory operand led to host memory.
 //!
 //! - [`decode`] makes an [`Insn`] of the guest's bytes; [`form`] says what instructions are the same but for their memory
 //!   operand, [`stub`] makes code for a form, [`arena`] keeps it.
