@@ -103,8 +103,8 @@ fn restore_before_fatal_signals() {
     }
 }
 
-/// Restores the terminal and lets the signal do what it did before: a fault comes again when this returns, a signal that
-/// was sent is sent again.
+/// Restores the terminal and lets the signal do its work: a fault comes again when this returns, and meets the old action.
+/// A signal that was sent is sent again and kills; the standard library's action for SIGSEGV would let it pass.
 extern "C" fn fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
     restore();
     let Some(index) = FATAL.iter().position(|fatal| *fatal == signal) else {
@@ -112,9 +112,11 @@ extern "C" fn fatal(signal: libc::c_int, info: *mut libc::siginfo_t, _context: *
     };
     // SAFETY: the old action was read before this handler was set; `info` comes from the kernel.
     unsafe {
-        libc::sigaction(signal, (*SAVED.actions.get())[index].as_ptr(), std::ptr::null_mut());
         if (*info).si_code <= 0 {
+            libc::signal(signal, libc::SIG_DFL);
             libc::raise(signal);
+        } else {
+            libc::sigaction(signal, (*SAVED.actions.get())[index].as_ptr(), std::ptr::null_mut());
         }
     }
 }
