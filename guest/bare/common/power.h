@@ -25,7 +25,7 @@ static inline int sleep_type(const u8 *fadt) {
     if (!dsdt)
         dsdt = (const u8 *)acpi_u64(fadt + 140);
     length = acpi_u32(dsdt + 4);
-    for (u32 i = 36; i + 12 < length; i++)
+    for (u32 i = 36; i + 8 < length; i++)
         if (acpi_u32(dsdt + i) == 0x5f35535f) {
             /* PackageOp, its length (one byte here), the number of elements, the first: a byte behind a prefix, 0 or 1. */
             const u8 *first = dsdt + i + 7;
