@@ -66,7 +66,7 @@ const UC_MINUS: u64 = 1 << 7;
 /// IA32_ARCH_CAPABILITIES: what the processor is not vulnerable to, so that kernels leave out their countermeasures.
 ///
 /// Those are made against the processor that speculates on behalf of the code it runs: the host's processor runs this
-/// program and never the guest's branches and loads, so that no countermeasure inside a guest could help, or is needed.
+/// program and never the guest's branches and loads, so that no countermeasure inside a guest could help.
 /// A guest is kept from others by its process, whose kernel guards the host.
 const ARCH_CAPABILITIES_VALUE: u64 = {
     const RDCL_NO: u64 = 1 << 0;
