@@ -67,14 +67,17 @@ impl Core {
             self.watch_hits |= self.watched(linear, length as u64, write);
         }
         let room = 4096 - (linear & 0xfff) as usize;
-        let gpa = self.look_up(first, linear, write)?;
         if length <= room {
-            return Ok([(gpa, length), (0, 0)]);
+            return Ok([(self.look_up(first, linear, write)?, length), (0, 0)]);
         }
         let mut next = linear.wrapping_add(room as u64);
         if self.code_size != CodeSize::Bits64 {
             next &= 0xffff_ffff;
+        } else if next == 1 << 47 {
+            // The end of the canonical range comes before any page fault.
+            self.look_up(first, next, write)?;
         }
+        let gpa = self.look_up(first, linear, write)?;
         let second = self.look_up(first, next, write)?;
         Ok([(gpa, room), (second, length - room)])
     }

@@ -1,7 +1,7 @@
 //! Moves: MOV and its extensions, LEA, XCHG of registers, CMOV, SETcc, the stack, flags as data.
 
 use crate::core::{Core, flag, gpr, seg};
-use crate::fault::{Exec, vector};
+use crate::fault::{Exec, Raised, vector};
 use crate::flags::holds;
 use crate::insn::{Insn, OPERAND16, WIDE};
 use crate::operand::{Place, Source};
@@ -40,6 +40,24 @@ impl Core {
         self.segment_linear(seg::SS, offset, bytes, write)
     }
 
+    /// What an access to the stack raised, as such accesses raise it: #SS(0) for a non-canonical address.
+    #[cold]
+    fn stack_fault<T>(&mut self) -> Exec<T> {
+        if self.raised.non_canonical {
+            return self.raise_code(vector::SS, 0);
+        }
+        Err(Raised)
+    }
+
+    fn load_stack(&mut self, linear: u64, bytes: u64) -> Exec<u64> {
+        match bytes {
+            2 => self.load::<u16>(linear).map(u64::from),
+            4 => self.load::<u32>(linear).map(u64::from),
+            _ => self.load::<u64>(linear),
+        }
+        .or_else(|_| self.stack_fault())
+    }
+
     /// Stores 2, 4 or 8 bytes below the stack pointer and moves it.
     ///
     /// # Errors
@@ -49,10 +67,11 @@ impl Core {
         let rsp = self.stack_moved(-(bytes as i64));
         let linear = self.stack_linear(rsp, bytes, true)?;
         match bytes {
-            2 => self.store(linear, value as u16)?,
-            4 => self.store(linear, value as u32)?,
-            _ => self.store(linear, value)?,
+            2 => self.store(linear, value as u16),
+            4 => self.store(linear, value as u32),
+            _ => self.store(linear, value),
         }
+        .or_else(|_| self.stack_fault())?;
         self.regs[gpr::RSP] = rsp;
         Ok(())
     }
@@ -65,11 +84,7 @@ impl Core {
     pub fn peek_size(&mut self, bytes: u64, skip: u64) -> Exec<u64> {
         let at = self.stack_moved(skip as i64);
         let linear = self.stack_linear(at, bytes, false)?;
-        Ok(match bytes {
-            2 => self.load::<u16>(linear)?.into(),
-            4 => self.load::<u32>(linear)?.into(),
-            _ => self.load::<u64>(linear)?,
-        })
+        self.load_stack(linear, bytes)
     }
 
     /// Loads 2, 4 or 8 bytes at the stack pointer and moves it.
@@ -188,7 +203,7 @@ pub fn xlat(core: &mut Core, insn: &Insn) -> Exec {
 pub fn push64<S: Source>(core: &mut Core, insn: &Insn) -> Exec {
     let value = S::read::<u64>(core, insn)?;
     let rsp = core.regs[gpr::RSP].wrapping_sub(8);
-    core.store(rsp, value)?;
+    core.store(rsp, value).or_else(|_| core.stack_fault())?;
     core.regs[gpr::RSP] = rsp;
     Ok(())
 }
@@ -196,7 +211,7 @@ pub fn push64<S: Source>(core: &mut Core, insn: &Insn) -> Exec {
 /// POP of a register in 64-bit mode.
 pub fn pop64(core: &mut Core, insn: &Insn) -> Exec {
     let rsp = core.regs[gpr::RSP];
-    let value = core.load::<u64>(rsp)?;
+    let value = core.load::<u64>(rsp).or_else(|_| core.stack_fault())?;
     core.regs[gpr::RSP] = rsp.wrapping_add(8);
     core.write_reg(insn.reg, value);
     Ok(())
@@ -278,11 +293,7 @@ pub fn enter(core: &mut Core, insn: &Insn) -> Exec {
             let mask = core.stack_mask();
             let at = rbp.wrapping_sub(bytes * step) & mask;
             let linear = core.stack_linear(at, bytes, false)?;
-            let saved = match bytes {
-                2 => core.load::<u16>(linear)?.into(),
-                4 => core.load::<u32>(linear)?.into(),
-                _ => core.load::<u64>(linear)?,
-            };
+            let saved = core.load_stack(linear, bytes)?;
             core.push_size(bytes, saved)?;
         }
         if level > 0 {
@@ -291,7 +302,7 @@ pub fn enter(core: &mut Core, insn: &Insn) -> Exec {
         // The new top must be writable, though nothing is stored there.
         let new = core.stack_moved(-(frame as i64));
         let linear = core.stack_linear(new, bytes, true)?;
-        core.host_range(linear, bytes, true)?;
+        core.host_range(linear, bytes, true).or_else(|_| core.stack_fault())?;
         core.regs[gpr::RSP] = new;
         Ok(top)
     };

@@ -130,6 +130,8 @@ impl<'a> Decoder<'a> {
         loop {
             let byte = self.byte()?;
             match byte {
+                // In 64-bit mode these neither choose a segment nor cancel FS and GS.
+                0x26 | 0x2e | 0x36 | 0x3e if self.bits64() => {}
                 0x26 | 0x2e | 0x36 | 0x3e => self.segment = Some(byte >> 3 & 3),
                 0x64 | 0x65 => self.segment = Some(byte & 7),
                 0x66 => self.operand_prefix = true,
@@ -155,10 +157,6 @@ impl<'a> Decoder<'a> {
             *flags |= WIDE;
         } else if self.operand_prefix != (self.size == CodeSize::Bits16) {
             *flags |= OPERAND16;
-        }
-        if self.size == CodeSize::Bits64 {
-            // Only FS and GS have bases here.
-            self.segment = self.segment.filter(|&segment| segment >= 4);
         }
         *flags |= match (self.size, self.address_prefix) {
             (CodeSize::Bits64, false) => 0,
@@ -335,13 +333,6 @@ impl<'a> Decoder<'a> {
 
     fn undefined(&mut self) {
         self.last(transfer::undefined);
-    }
-
-    /// Implicit use of the stack: faults are #SS.
-    fn uses_stack(&mut self) {
-        if self.segment.is_none() {
-            self.insn.segment = 2;
-        }
     }
 
     /// Leaves the instruction to [`native`], whole.

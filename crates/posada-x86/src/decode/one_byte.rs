@@ -19,12 +19,10 @@ impl Decoder<'_> {
             0x00..=0x3f if opcode & 7 < 6 => return self.arithmetic(opcode, size),
             0x06 | 0x0e | 0x16 | 0x1e if !self.bits64() => {
                 self.insn.reg = opcode >> 3;
-                self.uses_stack();
                 self.set(segments::push_segment);
             }
             0x07 | 0x17 | 0x1f if !self.bits64() => {
                 self.insn.reg = opcode >> 3;
-                self.uses_stack();
                 self.last(segments::pop_segment);
             }
             0x27 if !self.bits64() => self.set(bcd::daa),
@@ -42,7 +40,6 @@ impl Decoder<'_> {
                 });
             }
             0x50..=0x57 => {
-                self.uses_stack();
                 self.insn.reg = (opcode & 7 | (self.rex & 1) << 3) * 8;
                 self.set(match self.stack_operand() {
                     8 => transfer::push64::<Reg>,
@@ -51,7 +48,6 @@ impl Decoder<'_> {
                 });
             }
             0x58..=0x5f => {
-                self.uses_stack();
                 self.insn.reg = (opcode & 7 | (self.rex & 1) << 3) * 8;
                 self.set(match self.stack_operand() {
                     8 => transfer::pop64,
@@ -60,11 +56,9 @@ impl Decoder<'_> {
                 });
             }
             0x60 if !self.bits64() => {
-                self.uses_stack();
                 self.set(transfer::pusha);
             }
             0x61 if !self.bits64() => {
-                self.uses_stack();
                 self.set(transfer::popa);
             }
             0x62 if !self.bits64() && self.peek_memory()? => {
@@ -87,7 +81,6 @@ impl Decoder<'_> {
                 self.set(rm_only!(self, segments::arpl));
             }
             0x68 | 0x6a => {
-                self.uses_stack();
                 let size = self.stack_operand();
                 self.insn.imm = self.signed(if opcode == 0x6a { 1 } else { size.min(4) })?;
                 self.set(match size {
@@ -169,7 +162,7 @@ impl Decoder<'_> {
                     self.undefined();
                 }
             }
-            0x90 if self.rex & 1 == 0 => self.set(if self.insn.flags & REP != 0 {
+            0x90 if self.rex & 1 == 0 || self.insn.flags & REP != 0 => self.set(if self.insn.flags & REP != 0 {
                 transfer::pause
             } else {
                 transfer::nop
@@ -193,11 +186,9 @@ impl Decoder<'_> {
                 });
             }
             0x9c => {
-                self.uses_stack();
                 self.set(transfer::pushf);
             }
             0x9d => {
-                self.uses_stack();
                 self.last(transfer::popf);
             }
             0x9e => self.set(transfer::sahf),
@@ -243,7 +234,6 @@ impl Decoder<'_> {
                 self.shift::<Imm>(size);
             }
             0xc2 | 0xc3 => {
-                self.uses_stack();
                 if opcode == 0xc2 {
                     self.insn.imm = self.little_endian(2)?;
                 }
@@ -265,17 +255,14 @@ impl Decoder<'_> {
                 }
             }
             0xc8 => {
-                self.uses_stack();
                 self.insn.imm = self.little_endian(2)?;
                 self.insn.imm |= self.little_endian(1)? << 16;
                 self.set(transfer::enter);
             }
             0xc9 => {
-                self.uses_stack();
                 self.set(transfer::leave);
             }
             0xca | 0xcb => {
-                self.uses_stack();
                 if opcode == 0xca {
                     self.insn.imm = self.little_endian(2)?;
                 }
@@ -288,7 +275,6 @@ impl Decoder<'_> {
             }
             0xce if !self.bits64() => self.last(far::into),
             0xcf => {
-                self.uses_stack();
                 self.last(far::iret);
             }
             0xd0 | 0xd1 => {
@@ -327,7 +313,6 @@ impl Decoder<'_> {
                 self.port(opcode & 2 == 0, size.min(4));
             }
             0xe8 => {
-                self.uses_stack();
                 self.insn.imm = self.branch_displacement()?;
                 self.last(branch::call);
             }

@@ -76,12 +76,10 @@ impl Decoder<'_> {
                 });
             }
             0xa0 | 0xa8 => {
-                self.uses_stack();
                 self.insn.reg = if opcode == 0xa0 { 4 } else { 5 };
                 self.set(segments::push_segment);
             }
             0xa1 | 0xa9 => {
-                self.uses_stack();
                 self.insn.reg = if opcode == 0xa1 { 4 } else { 5 };
                 self.last(segments::pop_segment);
             }

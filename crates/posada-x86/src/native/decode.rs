@@ -169,7 +169,15 @@ fn address(instruction: &Instruction, code_size: CodeSize, insn: &mut Insn) {
         insn.index = index.number() as u8 * 8;
     }
     insn.scale = instruction.memory_index_scale().trailing_zeros() as u8;
-    insn.segment = (instruction.memory_segment() as u32 - Register::ES as u32) as u8;
+    let segment = (instruction.memory_segment() as u32 - Register::ES as u32) as u8;
+    insn.segment = match (code_size, base) {
+        // Only prefixes for FS and GS count here.
+        (CodeSize::Bits64, Register::RSP | Register::RBP | Register::ESP | Register::EBP) if segment < 4 => {
+            seg::SS as u8
+        }
+        (CodeSize::Bits64, _) if segment < 4 => seg::DS as u8,
+        _ => segment,
+    };
     insn.flags |= match size {
         2 => COMPLEX | ADDRESS16,
         4 => COMPLEX | ADDRESS32,

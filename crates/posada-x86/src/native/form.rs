@@ -186,7 +186,7 @@ fn alignment(instruction: &Instruction, bytes: u8, uses: &Uses) -> u8 {
             M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
         ),
     };
-    if aligned { bytes - 1 } else { 0 }
+    if aligned && bytes != 0 { bytes - 1 } else { 0 }
 }
 
 /// True if the instruction reads MXCSR or sets its flags. Integer instructions and moves do not.

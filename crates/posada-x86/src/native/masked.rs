@@ -3,7 +3,7 @@
 use super::form::needs;
 use crate::core::Core;
 use crate::fault::Exec;
-use crate::insn::{ADDRESS16, ADDRESS32, COMPLEX, Insn};
+use crate::insn::{COMPLEX, Insn};
 use iced_x86::{Instruction, Mnemonic, OpKind, Register};
 
 /// Bytes of an element, in [`Insn::extra`].
@@ -69,16 +69,13 @@ fn element(vector: &Vector, at: usize, bytes: usize) -> i64 {
 }
 
 impl Core {
-    /// Linear address of `bytes` bytes at a distance from an instruction's memory operand.
+    /// Linear address of `bytes` bytes at a distance from an instruction's memory operand, beyond the address size too.
     fn linear_beside(&mut self, insn: &Insn, distance: u64, bytes: u64, write: bool) -> Exec<u64> {
         let offset = self.offset_of(insn).wrapping_add(distance);
-        let offset = if insn.flags & ADDRESS16 != 0 {
-            offset & 0xffff
-        } else if insn.flags & ADDRESS32 != 0 {
-            offset & 0xffff_ffff
-        } else {
-            offset
-        };
+        self.linear_at(insn, offset, bytes, write)
+    }
+
+    fn linear_at(&mut self, insn: &Insn, offset: u64, bytes: u64, write: bool) -> Exec<u64> {
         if insn.flags & COMPLEX == 0 {
             return Ok(offset);
         }
@@ -184,7 +181,8 @@ fn gather(core: &mut Core, insn: &Insn) -> Exec {
     }
     for number in selected {
         let distance = (element(&indices, number * index_bytes, index_bytes) as u64) << insn.scale;
-        let linear = core.linear_beside(insn, distance, bytes as u64, false)?;
+        let offset = core.offset_of(insn).wrapping_add(distance) & insn.address_mask();
+        let linear = core.linear_at(insn, offset, bytes as u64, false)?;
         let mut data = [0; 8];
         core.load_element(linear, &mut data[..bytes])?;
         core.vector.ymm[target][number * bytes..][..bytes].copy_from_slice(&data[..bytes]);

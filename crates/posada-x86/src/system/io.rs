@@ -84,11 +84,11 @@ impl Core {
     ) -> Exec {
         let repeat = insn.flags & (REP | REPNE) != 0;
         let count = self.address_register(gpr::RCX, insn);
+        let port = self.regs[gpr::RDX] as u16;
+        self.require_port(port, bytes)?;
         if repeat && count == 0 {
             return Ok(());
         }
-        let port = self.regs[gpr::RDX] as u16;
-        self.require_port(port, bytes)?;
         let offset = self.address_register(index, insn);
         element(self, port, offset)?;
         let step = if self.system_flags & crate::core::flag::DF != 0 {

@@ -153,11 +153,11 @@ pub fn push_segment(core: &mut Core, insn: &Insn) -> Exec {
 
 /// POP of a segment register.
 pub fn pop_segment(core: &mut Core, insn: &Insn) -> Exec {
-    let mut stack = Stack::current(core);
-    let selector = stack.pop(core, core.stack_operand(insn))?;
+    // Only the selector is read, whatever the operand's size.
+    let selector = core.peek_size(2, 0)?;
     let number = usize::from(insn.reg);
     core.load_segment(number, selector as u16)?;
-    core.regs[gpr::RSP] = stack.rsp;
+    core.regs[gpr::RSP] = core.stack_moved(core.stack_operand(insn) as i64);
     core.interrupt_shadow |= number == seg::SS;
     Ok(())
 }
