@@ -132,6 +132,10 @@ impl Core {
     /// Address of an area of `bytes` bytes, all checked.
     fn area(&mut self, insn: &Insn, bytes: usize, align: u64, write: bool) -> Exec<u64> {
         let linear = self.linear(insn, bytes as u64, write)?;
+        // A non-canonical address, which through SS is #SS, counts before a misaligned one.
+        if self.bits64() && (linear as i64) << 16 >> 16 != linear as i64 {
+            self.load::<u8>(linear)?;
+        }
         if linear & (align - 1) != 0 {
             return self.general_protection();
         }

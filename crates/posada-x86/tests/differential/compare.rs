@@ -75,7 +75,10 @@ fn same_end(undefined: &Undefined, native: &Outcome, guest: &Outcome) -> bool {
     let either = |one: &dyn Fn(&Outcome) -> bool, other: &dyn Fn(&Outcome) -> bool| {
         one(native) && other(guest) || one(guest) && other(native)
     };
-    undefined.numeric_first && either(&memory, &numeric)
+    // Some part of the operand is beyond the canonical range: another may fault first.
+    let beyond = |(first, length): (u64, u64)| first < 1 << 47 && first.wrapping_add(length) > 1 << 47;
+    undefined.parts.is_some_and(beyond) && either(&memory, &memory)
+        || undefined.numeric_first && either(&memory, &numeric)
         || undefined.optional && either(&part, &retired)
         || undefined.any_memory_fault && either(&memory, &memory)
 }
