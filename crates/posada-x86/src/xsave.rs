@@ -142,6 +142,26 @@ impl Core {
         Ok(linear)
     }
 
+    /// Stores a part of an area whose rights were checked.
+    fn put(&mut self, linear: u64, data: &[u8]) -> Exec {
+        match self.host_range(linear, data.len() as u64, true)? {
+            // SAFETY: the range is guest RAM, writable, without code.
+            Some(place) => unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), place, data.len()) },
+            None => self.store_bytes(linear, data)?,
+        }
+        Ok(())
+    }
+
+    /// Loads a part of an area.
+    fn take(&mut self, linear: u64, data: &mut [u8]) -> Exec {
+        match self.host_range(linear, data.len() as u64, false)? {
+            // SAFETY: the range is guest RAM.
+            Some(place) => unsafe { std::ptr::copy_nonoverlapping(place, data.as_mut_ptr(), data.len()) },
+            None => self.load_bytes(linear, data)?,
+        }
+        Ok(())
+    }
+
     /// Replaces MXCSR.
     fn set_mxcsr(&mut self, value: u32) -> Exec {
         if value & !MXCSR_MASK != 0 {
@@ -166,7 +186,7 @@ impl Core {
 }
 
 /// Lets the host's processor make of an x87 image what it would keep of it: reserved bits, summary bits.
-fn normalize(fx: &mut [u8; 512]) {
+pub(crate) fn normalize(fx: &mut [u8; 512]) {
     #[repr(align(16))]
     struct Image([u8; 512]);
     let mut image = Image(*fx);
@@ -212,7 +232,7 @@ pub fn fxsave(core: &mut Core, insn: &Insn) -> Exec {
     core.put_x87(&mut area, insn.flags & WIDE != 0);
     core.put_mxcsr(&mut area);
     core.put_xmm(&mut area);
-    core.store_bytes(linear, &area[..core.xmm_end()])
+    core.put(linear, &area[..core.xmm_end()])
 }
 
 /// FXRSTOR and FXRSTOR64.
@@ -220,7 +240,7 @@ pub fn fxrstor(core: &mut Core, insn: &Insn) -> Exec {
     core.permit(needs::X87, false)?;
     let linear = core.area(insn, 512, 16, false)?;
     let mut area = [0; 512];
-    core.load_bytes(linear, &mut area)?;
+    core.take(linear, &mut area)?;
     core.set_mxcsr(mxcsr_of(&area))?;
     core.take_x87(&area, insn.flags & WIDE != 0);
     core.take_xmm(&area);
@@ -257,7 +277,7 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
     // The header is read too: both must be possible before anything is written.
     core.host_range(linear, length as u64, true)?;
     let mut old = [0; 8];
-    core.load_bytes(linear + 512, &mut old)?;
+    core.take(linear + 512, &mut old)?;
     let present = u64::from_le_bytes(old) & !requested | core.xinuse() & requested;
     save(
         core,
@@ -266,7 +286,7 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
         requested & (SSE | AVX) != 0,
         insn.flags & WIDE != 0,
     )?;
-    core.store_bytes(linear + 512, &present.to_le_bytes())
+    core.put(linear + 512, &present.to_le_bytes())
 }
 
 /// Stores components, and MXCSR, at their places; the rights were checked.
@@ -274,20 +294,20 @@ fn save(core: &mut Core, linear: u64, components: u64, mxcsr: bool, wide: bool) 
     let mut area = [0; SIZE];
     if components & X87 != 0 {
         core.put_x87(&mut area, wide);
-        core.store_bytes(linear, &area[..24])?;
-        core.store_bytes(linear + 32, &area[32..160])?;
+        core.put(linear, &area[..24])?;
+        core.put(linear + 32, &area[32..160])?;
     }
     if mxcsr {
         core.put_mxcsr(&mut area);
-        core.store_bytes(linear + 24, &area[24..32])?;
+        core.put(linear + 24, &area[24..32])?;
     }
     if components & SSE != 0 {
         core.put_xmm(&mut area);
-        core.store_bytes(linear + 160, &area[160..core.xmm_end()])?;
+        core.put(linear + 160, &area[160..core.xmm_end()])?;
     }
     if components & AVX != 0 {
         core.put_upper(&mut area[AVX_OFFSET..]);
-        core.store_bytes(linear + AVX_OFFSET as u64, &area[AVX_OFFSET..core.upper_end()])?;
+        core.put(linear + AVX_OFFSET as u64, &area[AVX_OFFSET..core.upper_end()])?;
     }
     Ok(())
 }
@@ -321,8 +341,8 @@ fn save_compacted(core: &mut Core, insn: &Insn, requested: u64) -> Exec {
     let linear = core.area(insn, length, 64, true)?;
     core.host_range(linear, length as u64, true)?;
     save(core, linear, present, present & SSE != 0, insn.flags & WIDE != 0)?;
-    core.store_bytes(linear + 512, &present.to_le_bytes())?;
-    core.store_bytes(linear + 520, &(requested | COMPACTED).to_le_bytes())
+    core.put(linear + 512, &present.to_le_bytes())?;
+    core.put(linear + 520, &(requested | COMPACTED).to_le_bytes())
 }
 
 /// XRSTOR.
@@ -348,7 +368,7 @@ fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -
     };
     let linear = core.area(insn, length, 64, false)?;
     let mut area = [0; SIZE];
-    core.load_bytes(linear, &mut area[..HEADER_END])?;
+    core.take(linear, &mut area[..HEADER_END])?;
     let (present, format) = (header(&area, 0), header(&area, 1));
     let compacted = format & COMPACTED != 0;
     let components = format & !COMPACTED;
@@ -364,7 +384,7 @@ fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -
     let (load, clear) = (requested & present, requested & !present);
     if load & AVX != 0 {
         let end = core.upper_end();
-        core.load_bytes(linear + AVX_OFFSET as u64, &mut area[AVX_OFFSET..end])?;
+        core.take(linear + AVX_OFFSET as u64, &mut area[AVX_OFFSET..end])?;
     }
     // MXCSR belongs to SSE state in the compacted format, and to SSE or AVX, whatever is present, in the other.
     let mxcsr = if compacted { load & SSE } else { requested & (SSE | AVX) };
@@ -422,4 +442,165 @@ pub fn xsetbv(core: &mut Core, _: &Insn) -> Exec {
     core.vector.xcr0 = value;
     core.update_mode();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::Core;
+    use crate::insn::{Handler, ZERO};
+    use crate::mmu::tests::core as bare_core;
+
+    /// A core with XSAVE enabled and every component in use.
+    fn core() -> Core {
+        let mut core = bare_core();
+        core.cr[4] |= 3 << 9 | 1 << 18;
+        core.vector.xcr0 = supported();
+        core.update_mode();
+        core.vector.fx[..5].copy_from_slice(&[0x7f, 3, 0, 0x38, 0x80]);
+        core.vector.fx[32..42].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f]);
+        core.vector.ymm = std::array::from_fn(|register| std::array::from_fn(|at| (register * 32 + at) as u8));
+        core.vector.mxcsr = 0x1fa0;
+        core
+    }
+
+    /// Runs a handler on the area at `at`, with EDX:EAX as the mask.
+    fn run(core: &mut Core, exec: Handler, at: u32, mask: u64) -> Exec {
+        (core.regs[0], core.regs[2]) = (mask & 0xffff_ffff, mask >> 32);
+        let insn = Insn {
+            exec,
+            imm: 0,
+            disp: at as i32,
+            length: 4,
+            reg: 0,
+            rm: 0,
+            base: ZERO,
+            index: ZERO,
+            scale: 0,
+            segment: 3,
+            flags: WIDE,
+            extra: 0,
+        };
+        exec(core, &insn)
+    }
+
+    fn fault(core: &mut Core, exec: Handler, at: u32, mask: u64) -> u8 {
+        run(core, exec, at, mask).expect_err("a fault");
+        core.raised.vector
+    }
+
+    fn clear(core: &mut Core) {
+        let empty = bare_core();
+        core.vector.fx = empty.vector.fx;
+        (core.vector.ymm, core.vector.mxcsr) = ([[0; 32]; 16], 0x1f80);
+    }
+
+    #[test]
+    fn every_format_brings_all_state_back() {
+        let formats: [(Handler, Handler); 5] = [
+            (xsave, xrstor),
+            (xsaveopt, xrstor),
+            (xsavec, xrstor),
+            (xsaves, xrstors),
+            (fxsave, fxrstor),
+        ];
+        for (number, (save, restore)) in formats.into_iter().enumerate() {
+            let mut core = core();
+            let before = core.vector.clone();
+            // Over a page border.
+            run(&mut core, save, 0xe00, !0).unwrap();
+            clear(&mut core);
+            run(&mut core, restore, 0xe00, !0).unwrap();
+            assert_eq!(
+                (core.vector.mxcsr, &core.vector.fx[..160]),
+                (before.mxcsr, &before.fx[..160]),
+                "{number}"
+            );
+            let kept = if number == 4 { 16 } else { 32 };
+            for (ours, theirs) in core.vector.ymm.iter().zip(&before.ymm) {
+                assert_eq!(ours[..kept], theirs[..kept], "{number}");
+            }
+        }
+    }
+
+    #[test]
+    fn components_that_are_absent_become_initial() {
+        let mut core = core();
+        core.vector.ymm.iter_mut().for_each(|ymm| ymm[16..].fill(0));
+        let in_use = core.xinuse();
+        assert_eq!(in_use, X87 | SSE);
+        run(&mut core, xsave, 0x400, !0).unwrap();
+        assert_eq!((core.load(0x600), core.load(0x608)), (Ok(in_use), Ok(0u64)));
+        run(&mut core, xsavec, 0x800, !0).unwrap();
+        assert_eq!(
+            (core.load(0xa00), core.load(0xa08)),
+            (Ok(in_use), Ok(COMPACTED | supported()))
+        );
+        // XSAVE keeps the bits of what it was not asked for.
+        run(&mut core, xsave, 0x400, X87).unwrap();
+        assert_eq!(core.load(0x600), Ok(in_use));
+        // Nothing but x87 is there: the rest is initial, but MXCSR only if compacted.
+        core.store(0x600, X87).unwrap();
+        core.store(0xa00, X87).unwrap();
+        core.vector.mxcsr = 0x1f81;
+        run(&mut core, xrstor, 0x400, !0).unwrap();
+        assert_eq!((core.vector.mxcsr, core.vector.ymm), (0x1fa0, [[0; 32]; 16]));
+        core.vector.ymm[3][0] = 1;
+        run(&mut core, xrstor, 0x800, AVX).unwrap();
+        assert_eq!((core.vector.mxcsr, core.vector.ymm[3][0]), (0x1fa0, 1));
+        run(&mut core, xrstor, 0x800, !0).unwrap();
+        assert_eq!((core.vector.mxcsr, core.vector.ymm[3][0]), (0x1f80, 0));
+        assert_eq!(core.xinuse(), X87);
+        core.store(0x600, 0u64).unwrap();
+        run(&mut core, xrstor, 0x400, X87).unwrap();
+        assert_eq!(core.vector.fx[..24], initial_fx()[..24]);
+        assert_eq!(core.xinuse(), 0);
+    }
+
+    #[test]
+    fn bad_areas_change_nothing() {
+        let mut core = core();
+        let before = core.vector.clone();
+        assert_eq!(fault(&mut core, xsave, 0x420, !0), vector::GP, "64 bytes");
+        assert_eq!(fault(&mut core, fxsave, 0x408, !0), vector::GP, "16 bytes");
+        assert_eq!(fault(&mut core, xsave, 0x1e00, !0), vector::PF);
+        assert_eq!(core.load(0x1e00), Ok(0u64), "all or nothing");
+        run(&mut core, xsave, 0x400, !0).unwrap();
+        for (at, value) in [(0x600, 1u64 << 3), (0x608, 1), (0x610, 1), (0x608, COMPACTED | X87)] {
+            let old: u64 = core.load(at).unwrap();
+            core.store(at, value).unwrap();
+            assert_eq!(fault(&mut core, xrstor, 0x400, !0), vector::GP, "{at:x}");
+            core.store(at, old).unwrap();
+        }
+        assert_eq!(fault(&mut core, xrstors, 0x400, !0), vector::GP, "not compacted");
+        core.store(0x418, 0x1_0000u32).unwrap();
+        assert_eq!(fault(&mut core, xrstor, 0x400, !0), vector::GP, "MXCSR");
+        assert_eq!(fault(&mut core, fxrstor, 0x400, !0), vector::GP, "MXCSR");
+        assert_eq!(core.vector.ymm, before.ymm);
+        core.cr[0] |= 8;
+        core.update_mode();
+        assert_eq!(fault(&mut core, xsave, 0x400, !0), vector::NM);
+        core.cr[4] &= !(1 << 18);
+        assert_eq!(fault(&mut core, xsave, 0x400, !0), vector::UD);
+    }
+
+    #[test]
+    fn xcr0_takes_what_exists_and_belongs_together() {
+        let mut core = core();
+        core.regs[1] = 0;
+        for bad in [0, SSE, X87 | AVX, X87 | 8, 1 << 63 | X87] {
+            assert_eq!(fault(&mut core, xsetbv, 0, bad), vector::GP, "{bad:x}");
+        }
+        run(&mut core, xsetbv, 0, X87 | SSE).unwrap();
+        run(&mut core, xgetbv, 0, 0).unwrap();
+        assert_eq!((core.regs[0], core.regs[2], core.fpu_blocked & 2), (3, 0, 2));
+        core.regs[1] = 1;
+        core.vector.ymm = [[0; 32]; 16];
+        run(&mut core, xgetbv, 0, 0).unwrap();
+        assert_eq!(core.regs[0], X87);
+        core.segments[crate::core::seg::SS].access = 0xf3;
+        core.update_mode();
+        core.regs[1] = 0;
+        assert_eq!(fault(&mut core, xsetbv, 0, X87), vector::GP);
+    }
 }

@@ -29,6 +29,8 @@ const SLOTS: usize = 512;
 pub struct Native {
     /// MXCSR as Rust expects it, for stubs.
     host_mxcsr: u32,
+    /// MXCSR as a stub found it.
+    seen_mxcsr: u32,
     /// Decoded instructions by their first bytes.
     decoded: Box<[Option<Decoded>]>,
 }
@@ -44,6 +46,7 @@ impl Default for Native {
     fn default() -> Self {
         Self {
             host_mxcsr: 0x1f80,
+            seen_mxcsr: 0,
             decoded: vec![None; SLOTS].into(),
         }
     }

@@ -23,6 +23,7 @@ const YMM: usize = vector(offset_of!(VectorState, ymm));
 const FX: usize = vector(offset_of!(VectorState, fx));
 const MXCSR: usize = vector(offset_of!(VectorState, mxcsr));
 const HOST_MXCSR: usize = offset_of!(Core, native) + offset_of!(Native, host_mxcsr);
+const SEEN_MXCSR: usize = offset_of!(Core, native) + offset_of!(Native, seen_mxcsr);
 const FLAGS: usize = offset_of!(Core, arithmetic);
 
 /// Registers that a called function must keep.
@@ -78,13 +79,41 @@ impl Assembler {
         self.emit(Instruction::with2(Code::Mov_r64_rm64, to, from))
     }
 
+    /// Emits what `body` emits, jumped over if the comparison before came out equal.
+    fn unless_equal(&mut self, body: impl FnOnce(&mut Self) -> Emit) -> Emit {
+        // JE rel8.
+        self.encoder.write_u8(0x74);
+        self.encoder.write_u8(0);
+        self.length += 2;
+        let start = self.length;
+        body(self)?;
+        let mut code = self.encoder.take_buffer();
+        code[start - 1] = (self.length - start) as u8;
+        self.encoder.set_buffer(code);
+        Ok(())
+    }
+
+    /// Gives the guest its MXCSR. LDMXCSR is slow: not if it is there already.
+    fn enter_mxcsr(&mut self) -> Emit {
+        self.at(Code::Stmxcsr_m32, SEEN_MXCSR)?;
+        self.load(Code::Mov_r32_rm32, Register::EAX, SEEN_MXCSR)?;
+        self.load(Code::Cmp_r32_rm32, Register::EAX, MXCSR)?;
+        self.unless_equal(|a| a.at(Code::Ldmxcsr_m32, MXCSR))
+    }
+
+    /// Keeps the guest's MXCSR and gives the host its own, whose sticky flags are of no interest.
+    fn leave_mxcsr(&mut self) -> Emit {
+        self.at(Code::Stmxcsr_m32, MXCSR)?;
+        self.load(Code::Mov_r32_rm32, Register::EAX, MXCSR)?;
+        self.emit(Instruction::with2(Code::And_rm32_imm8, Register::EAX, -64))?;
+        self.load(Code::Cmp_r32_rm32, Register::EAX, HOST_MXCSR)?;
+        self.unless_equal(|a| a.at(Code::Ldmxcsr_m32, HOST_MXCSR))
+    }
+
     /// Gives the host its state back and returns `result`.
     fn leave(&mut self, uses: &Uses, saved: &[Register], result: i32) -> Emit {
         if uses.x87 {
             self.plain(Code::Fninit)?;
-        }
-        if uses.x87 || uses.mxcsr {
-            self.at(Code::Ldmxcsr_m32, HOST_MXCSR)?;
         }
         if uses.wide {
             self.plain(Code::VEX_Vzeroupper)?;
@@ -142,7 +171,7 @@ fn try_assemble(mut instruction: Instruction, uses: &Uses) -> Result<Assembled, 
         a.load(load, load_from + number, YMM + number as usize * 32)?;
     }
     if uses.mxcsr {
-        a.at(Code::Ldmxcsr_m32, MXCSR)?;
+        a.enter_mxcsr()?;
     }
     if uses.reads_flags {
         a.load(Code::Movzx_r32_rm16, R::EAX, FLAGS)?;
@@ -180,17 +209,19 @@ fn try_assemble(mut instruction: Instruction, uses: &Uses) -> Result<Assembled, 
     for &(number, _) in uses.vectors.iter().filter(|vector| vector.1) {
         a.store(store, YMM + number as usize * 32, store_from + number)?;
     }
-    if uses.mxcsr {
-        a.at(Code::Stmxcsr_m32, MXCSR)?;
-    }
     if uses.x87 {
         a.at(Code::Fxsave64_m512byte, FX)?;
+    }
+    if uses.mxcsr {
+        a.leave_mxcsr()?;
+    } else if uses.x87 {
+        a.at(Code::Ldmxcsr_m32, HOST_MXCSR)?;
     }
     a.leave(uses, &saved, 0)?;
 
     let other = a.length;
     if uses.mxcsr {
-        a.at(Code::Stmxcsr_m32, MXCSR)?;
+        a.leave_mxcsr()?;
         a.leave(uses, &saved, 1)?;
     }
     let mut code = a.encoder.take_buffer();

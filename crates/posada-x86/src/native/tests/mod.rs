@@ -1,3 +1,5 @@
+mod sweep;
+
 use super::decode;
 use crate::core::{CodeSize, Core, gpr, seg};
 use crate::fault::Exec;
