@@ -7,7 +7,11 @@ help:
 	@echo "make test    format, lints, documentation, unit tests, bare programs, Debian end to end"
 	@echo "make bench   guest benchmarks: native, posada, QEMU TCG; writes bench/results.md"
 	@echo "make soak    the long run of the differential instruction test (SECONDS=600)"
+	@echo "make fuzz    fuzz kernel images and guest code (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
+	@echo "make build   build target/release/posada"
 	@echo "make bare    build the bare test programs into target/bare"
+	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
+	@echo "make lint, make unit, make e2e    the parts of make test"
 	@echo "make fmt     format the Rust code"
 
 build:
@@ -28,13 +32,16 @@ lint:
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --workspace --no-deps --quiet
 
 unit:
-	$(CARGO) test --workspace
+	$(CARGO) test --workspace --exclude posada-tests
+
+image:
+	@scripts/image >/dev/null
 
 # One VM at a time: a test's time limit must not depend on its neighbours.
-e2e: build bare
-	$(CARGO) test -p posada-tests -- --test-threads=1
+e2e: build bare image
+	POSADA_BIN=$(CURDIR)/target/release/posada $(CARGO) test -p posada-tests -- --test-threads=1
 
-test: lint unit
+test: lint unit e2e
 
 bench: build
 	bench/run
@@ -43,5 +50,9 @@ SECONDS ?= 600
 soak:
 	POSADA_SOAK_SECONDS=$(SECONDS) $(CARGO) test --release -p posada-x86 -- --nocapture --include-ignored differential
 
+fuzz:
+	$(CARGO) +nightly fuzz run kernel -- -max_total_time=$(SECONDS) -max_len=65536
+	$(CARGO) +nightly fuzz run code -- -max_total_time=$(SECONDS)
+
 .DEFAULT_GOAL := help
-.PHONY: help build bare fmt demo lint unit e2e test bench soak
+.PHONY: help build bare image fmt demo lint unit e2e test bench soak fuzz
