@@ -1,6 +1,7 @@
 //! How a `posada` is started.
 
 use crate::process::{PATIENCE, Process};
+use crate::terminal::Settings;
 use std::env;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
@@ -132,12 +133,24 @@ impl Launch {
     /// # Panics
     /// When there is no binary.
     pub fn start(&self) -> Process {
+        Process::start(&mut self.as_command(), self.patience)
+    }
+
+    /// Starts it on a new terminal; gives the terminal's settings before it came, too.
+    ///
+    /// # Panics
+    /// When there is no binary or no terminal.
+    pub fn start_on_terminal(&self) -> (Process, Settings) {
+        Process::start_on_terminal(&mut self.as_command(), self.patience)
+    }
+
+    fn as_command(&self) -> Command {
         let mut command = Command::new(posada());
         command.args(&self.arguments);
         if let Some(folder) = &self.folder {
             command.current_dir(folder).env("TMPDIR", folder);
         }
-        Process::start(&mut command, self.patience)
+        command
     }
 }
 

@@ -17,12 +17,16 @@
 //! is skipped in silence holds nothing.
 
 mod folder;
+mod images;
 mod launch;
 mod process;
 mod shell;
+mod terminal;
 mod transcript;
 
 pub use folder::Folder;
+pub use images::{PROMPT, debian, image, root_disk, small_linux};
 pub use launch::{Launch, bare_program, posada};
 pub use process::{Ended, Process};
 pub use shell::{Answer, Shell};
+pub use terminal::Settings;

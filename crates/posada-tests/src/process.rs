@@ -1,11 +1,12 @@
-//! A child process with pipes, deadlines and a certain end.
+//! A child process with pipes or a terminal, deadlines and a certain end.
 
 use crate::shell::Shell;
+use crate::terminal::{Settings, Terminal};
 use crate::transcript::{Missing, Transcript};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// How long is waited for anything: long enough for a busy machine.
@@ -15,9 +16,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 pub struct Process {
     child: Child,
     name: String,
-    input: Option<ChildStdin>,
+    input: Box<dyn Write + Send>,
     output: Transcript,
     errors: Transcript,
+    terminal: Option<Terminal>,
     /// How much of the output was looked at, in bytes.
     seen: usize,
     patience: Duration,
@@ -34,6 +36,8 @@ pub struct Ended {
     pub output: String,
     /// All it wrote to standard error.
     pub errors: String,
+    /// How it left its terminal, if it had one.
+    pub terminal: Option<Settings>,
 }
 
 impl Process {
@@ -49,14 +53,54 @@ impl Process {
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {command:?}: {error}"));
         Self {
-            input: child.stdin.take(),
+            input: Box::new(child.stdin.take().expect("it is piped")),
             output: Transcript::follow(child.stdout.take().expect("it is piped")),
             errors: Transcript::follow(child.stderr.take().expect("it is piped")),
+            terminal: None,
             name: format!("{command:?}"),
             child,
             seen: 0,
             patience,
         }
+    }
+
+    /// Starts `command` on a new terminal. All that it prints is output, and keys may mean signals. Gives the terminal's
+    /// settings before it came, too.
+    ///
+    /// # Panics
+    /// When there is no terminal or it cannot be started.
+    pub fn start_on_terminal(command: &mut Command, patience: Duration) -> (Self, Settings) {
+        let start = |command: &mut Command| {
+            let terminal = Terminal::for_command(command)?;
+            let before = terminal.settings()?;
+            let (input, output) = (terminal.person()?, terminal.person()?);
+            Ok((command.spawn()?, terminal, before, input, output))
+        };
+        let name = format!("{command:?}");
+        let (child, terminal, before, input, output) =
+            start(command).unwrap_or_else(|error: io::Error| panic!("cannot start {name} on a terminal: {error}"));
+        // The terminal ends when its last program does, so nothing of this process may hold that side.
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = Self {
+            input: Box::new(input),
+            output: Transcript::follow(output),
+            errors: Transcript::follow(io::empty()),
+            terminal: Some(terminal),
+            name,
+            child,
+            seen: 0,
+            patience,
+        };
+        (process, before)
+    }
+
+    /// The settings of its terminal now.
+    ///
+    /// # Panics
+    /// When it has none.
+    pub fn terminal_settings(&self) -> Settings {
+        let terminal = self.terminal.as_ref().expect("it was started on a terminal");
+        terminal.settings().expect("a terminal tells its settings")
     }
 
     fn deadline(&self) -> Instant {
@@ -93,8 +137,7 @@ impl Process {
     /// # Panics
     /// When it does not listen any more.
     pub fn send(&mut self, text: &str) -> &mut Self {
-        let input = self.input.as_mut().expect("only `end` closes it");
-        if let Err(error) = input.write_all(text.as_bytes()).and_then(|()| input.flush()) {
+        if let Err(error) = self.input.write_all(text.as_bytes()).and_then(|()| self.input.flush()) {
             self.fail(&format!("it does not take {text:?}: {error}"));
         }
         self
@@ -147,6 +190,7 @@ impl Process {
             signal: status.signal(),
             output: self.output.text(),
             errors: self.errors.text(),
+            terminal: self.terminal.as_ref().map(|_| self.terminal_settings()),
         }
     }
 
@@ -254,6 +298,23 @@ mod tests {
         let ended = process.end();
         assert_eq!(ended.expect_code(7).errors, "oops\n");
         assert_eq!(ended.output, "ready\ngot it\n");
+    }
+
+    #[test]
+    fn a_terminal_is_the_process_s_own() {
+        let mut command = Command::new("sh");
+        command.args([
+            "-c",
+            "stty raw -echo -iexten; echo raw; read word; echo got $word; tty; exec sleep 1000",
+        ]);
+        let (mut process, before) = Process::start_on_terminal(&mut command, Duration::from_secs(20));
+        process.expect("raw\n");
+        assert!(!before.is_raw() && process.terminal_settings().is_raw());
+        assert_eq!(process.send("it\n").until("\n"), "got it");
+        process.expect("/dev/pts/").signal(libc::SIGTERM);
+        let ended = process.end();
+        assert_eq!(ended.signal, Some(libc::SIGTERM));
+        assert!(ended.terminal.is_some_and(|left| left.is_raw()));
     }
 
     #[test]
