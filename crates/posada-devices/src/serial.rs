@@ -15,7 +15,13 @@ use vm_superio::serial::{NoEvents, Serial as Uart};
 pub const PORTS: u64 = 8;
 
 const IER: u16 = 1;
+const IIR: u16 = 2;
 const LSR: u16 = 5;
+/// IIR: no interrupt is pending; the interrupt is "received data".
+const NONE: u8 = 1;
+const RECEIVED: u8 = 4;
+/// LSR: the receiver has data.
+const DATA_READY: u8 = 1;
 /// Received data interrupt enable.
 const RDI: u8 = 1;
 /// Reads of LSR in a row, and nothing else, from which on a guest is taken to poll for input.
@@ -88,6 +94,12 @@ struct State {
 }
 
 impl State {
+    /// True while the received-data interrupt is asserted: as long as there is data, not only until the first byte is read,
+    /// which is where vm-superio ends it. A driver that reads in portions asks IIR whether to go on.
+    fn still_receives(&mut self) -> bool {
+        self.uart.read(LSR as u8) & DATA_READY != 0 && self.uart.state().interrupt_enable & RDI != 0
+    }
+
     /// Moves waiting input into the FIFO once the guest looks for it. A driver empties the receiver when it opens the
     /// port, so input typed before that stays here.
     fn refill(&mut self) {
@@ -169,6 +181,9 @@ impl PortDevice for Serial {
             state.polls = if at == LSR { state.polls.saturating_add(1) } else { 0 };
             state.refill();
             *byte = state.uart.read(at.min(0xff) as u8);
+            if at == IIR && *byte & NONE != 0 && state.still_receives() {
+                *byte = *byte & !NONE | RECEIVED;
+            }
         }
         state.refill();
         self.finish(state);
@@ -197,6 +212,23 @@ mod tests {
 
     #[derive(Default)]
     struct Edges(AtomicUsize);
+
+    #[test]
+    fn the_interrupt_stays_pending_until_the_last_byte_is_read() {
+        let serial = Serial::new(Arc::new(Edges::default()), Box::new(std::io::sink()), Flush::Byte);
+        let read = |at| {
+            let mut data = [0];
+            serial.read(at, &mut data);
+            data[0]
+        };
+        serial.write(IER, &[RDI]);
+        serial.input(b"abc");
+        for byte in b"abc" {
+            assert_eq!(read(IIR) & 0xf, RECEIVED);
+            assert_eq!(read(0), *byte);
+        }
+        assert_eq!(read(IIR) & 0xf, NONE);
+    }
 
     impl IrqLine for Edges {
         fn set_level(&self, asserted: bool) {

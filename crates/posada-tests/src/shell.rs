@@ -49,6 +49,11 @@ impl Shell {
         }
     }
 
+    /// After the guest has started anew and is at a prompt: the new shell.
+    pub fn again(self) -> Self {
+        Self::new(self.process)
+    }
+
     /// Types something that is no command to wait for, such as `poweroff`.
     pub fn send(&mut self, text: &str) -> &mut Self {
         self.process.send(text);
