@@ -4,11 +4,14 @@ use anyhow::Context;
 use posada_vmm::control::{Control, Ending};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+/// A signal this soon after the first is the same wish: timeout(1) sends one to the process and one to its group.
+const SAME_WISH: Duration = Duration::from_secs(1);
 const SIGNALS: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-/// To be called while the process has one thread: the others inherit that these signals are blocked. A second signal ends
-/// the process at once.
+/// To be called while the process has one thread: the others inherit that these signals are blocked. Another signal, a
+/// second later, ends the process at once.
 pub fn end_on_signals(control: Arc<Control>) -> anyhow::Result<()> {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: fills the set, adds valid signals to it and blocks them.
@@ -24,18 +27,18 @@ pub fn end_on_signals(control: Arc<Control>) -> anyhow::Result<()> {
         .name("signals".into())
         .stack_size(128 << 10)
         .spawn(move || {
-            let mut seen = false;
+            let mut first = None::<Instant>;
             loop {
                 let mut signal = 0;
                 // SAFETY: waits for a signal of the set.
                 if unsafe { libc::sigwait(&set, &mut signal) } != 0 {
                     return;
                 }
-                if seen {
+                if first.is_some_and(|first| first.elapsed() > SAME_WISH) {
                     posada_vmm::console::restore_terminal();
                     std::process::exit(128 + signal);
                 }
-                seen = true;
+                first.get_or_insert_with(Instant::now);
                 control.end(Ending::Signal(signal));
             }
         })
