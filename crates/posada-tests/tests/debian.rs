@@ -114,30 +114,11 @@ fn a_read_only_disk_refuses_writes() {
 fn floods_of_timers_and_wake_ups_lose_none() {
     let folder = Folder::new();
     let mut shell = at_prompt(&debian(&root_disk(&folder)).cpus(4));
-    // Threads that hand a token on by futex, sleepers with short timers, and pipes between processes, all at once. One lost
-    // wake-up and it waits for ever.
-    let script = "import threading, time, os\n\
-        rounds, locks = 1500, [threading.Semaphore(0) for _ in range(4)]\n\
-        def ring(i):\n \
-         for _ in range(rounds): locks[i].acquire(); locks[(i + 1) % 4].release()\n\
-        def sleeper():\n \
-         for _ in range(1000): time.sleep(0.0002)\n\
-        def piper():\n \
-         (a, b), (c, d) = os.pipe(), os.pipe()\n \
-         if os.fork() == 0:\n  \
-          for _ in range(rounds): os.write(d, os.read(a, 1))\n  \
-          os._exit(0)\n \
-         for _ in range(rounds): os.write(b, b'x'); os.read(c, 1)\n \
-         os.wait()\n\
-        threads = [threading.Thread(target=ring, args=(i,)) for i in range(4)]\n\
-        threads += [threading.Thread(target=f) for f in (sleeper, sleeper, piper, piper)]\n\
-        [t.start() for t in threads]; locks[0].release(); [t.join() for t in threads]\n\
-        print('all came back')\n";
-    let lines: Vec<_> = script.lines().map(|line| format!("{line}\\n")).collect();
+    let program = include_str!("../guest/wakeups.py");
     shell
-        .run(&format!("printf \"{}\" > /tmp/flood.py", lines.concat()))
+        .run(&format!("cat > /tmp/wakeups.py <<'END'\n{program}\nEND"))
         .expect("");
-    shell.run("python3 /tmp/flood.py").expect("all came back");
+    shell.run("python3 /tmp/wakeups.py").contains("all parts done");
     shell.run(&format!("dmesg | grep -E '{ALARMS}' || true")).expect("");
     power_off(shell);
 }

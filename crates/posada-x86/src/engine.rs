@@ -28,6 +28,8 @@ impl Emulator {
             let text = format!("it has 1 to {MAX_VCPUS} virtual processors, not {vcpus}");
             return Err(Error::Host(text));
         }
+        crate::native::prepare()
+            .map_err(|error| Error::Host(format!("no memory for code that runs vector instructions: {error}")))?;
         let vm = Vm::new(vcpus);
         vm.start_alarms()
             .map_err(|error| Error::Host(format!("no timers for the virtual processors: {error}")))?;
