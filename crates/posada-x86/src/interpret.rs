@@ -229,6 +229,7 @@ impl Core {
     #[inline(always)]
     fn run_block(&mut self, block: Block) {
         let start = self.rip();
+        let page: *const CodePage = self.ram.code().page(block.key >> 2);
         let at = block.position as usize % INSNS;
         let insns = &self.cache.insns[at..at + usize::from(block.count)];
         // The loop below hands the Core to handlers; none of them touches the cache, which changes between blocks only.
@@ -258,7 +259,10 @@ impl Core {
                 }
             }
             self.instructions += done(cursor);
-            if self.rip() != start || self.stop_at == 0 || self.shared.pending() {
+            // Another processor may have changed the code of a loop that waits for just that.
+            // SAFETY: the record belongs to this Core's guest RAM.
+            let changed = unsafe { (*page).version() } != block.version;
+            if self.rip() != start || self.stop_at == 0 || changed || self.shared.pending() {
                 return;
             }
         }
@@ -476,5 +480,70 @@ impl Core {
         self.debug = debug.clone();
         self.debug_passed = self.debug_passed.filter(|at| debug.breakpoints.contains(at));
         self.update_mode();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mmu::tests::core;
+    use posada_engine::{Kick, Machine};
+    use std::sync::mpsc::{Sender, channel};
+    use std::sync::{Arc, Mutex};
+    use std::thread;
+    use std::time::Duration;
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// Tells of each OUT.
+    struct Told(Mutex<Sender<()>>);
+
+    impl Machine for Told {
+        fn port_read(&self, _: u16, data: &mut [u8]) {
+            data.fill(0xff);
+        }
+        fn port_write(&self, _: u16, _: &[u8]) {
+            self.0.lock().unwrap().send(()).unwrap();
+        }
+        fn mmio_read(&self, _: u64, data: &mut [u8]) {
+            data.fill(0xff);
+        }
+        fn mmio_write(&self, _: u64, _: &[u8]) {}
+        fn end_of_interrupt(&self, _: u8) {}
+    }
+
+    #[test]
+    fn a_loop_of_one_block_sees_that_another_processor_changed_it() {
+        let mut core = core();
+        let (sender, receiver) = channel();
+        core.machine = Arc::new(Told(Mutex::new(sender)));
+        // out 0x80, al; jmp to itself
+        core.physical_write(0x8000, &[0xe6, 0x80, 0xeb, 0xfe]);
+        core.set_rip(0);
+        let (ram, mailbox) = (Arc::clone(&core.ram), Arc::clone(core.shared.mailbox()));
+        let (ended, end) = channel::<()>();
+        let other = thread::spawn(move || {
+            receiver.recv().unwrap();
+            // hlt
+            ram.memory().write_slice(&[0xf4], GuestAddress(0x8002)).unwrap();
+            if end.recv_timeout(Duration::from_secs(20)).is_err() {
+                mailbox.kick();
+            }
+        });
+        core.execute();
+        let _ = ended.send(());
+        other.join().unwrap();
+        assert!(core.halted);
+        assert_eq!(core.rip(), 3);
+    }
+
+    #[test]
+    fn a_taken_branch_in_the_middle_leaves_its_block() {
+        let mut core = core();
+        // xor eax, eax; jz +1; hlt; inc eax; jnz +1; hlt; inc eax; hlt
+        let code = [0x31, 0xc0, 0x74, 1, 0xf4, 0xff, 0xc0, 0x75, 1, 0xf4, 0xff, 0xc0, 0xf4];
+        core.physical_write(0x8000, &code);
+        core.set_rip(0);
+        assert_eq!(core.execute(), Stop::Pending);
+        assert_eq!((core.regs[0], core.rip(), core.instructions), (2, 13, 6));
     }
 }
