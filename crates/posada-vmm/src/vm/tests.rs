@@ -14,7 +14,7 @@ fn power_off_ends_the_vm_and_halted_vcpus_with_it() {
         ..config(&dir)
     };
     let report = run(&config, &Control::new(), |index, rip, machine| {
-        match (index, rip - ENTRY) {
+        match (index, rip.wrapping_sub(ENTRY)) {
             (0, 9) => {
                 power_off(machine);
                 Step::Next
