@@ -71,7 +71,8 @@ impl Core {
             return Ok([(self.look_up(first, linear, write)?, length), (0, 0)]);
         }
         let mut next = linear.wrapping_add(room as u64);
-        if self.code_size != CodeSize::Bits64 {
+        if self.code_size != CodeSize::Bits64 && linear <= 0xffff_ffff {
+            // Such code's own addresses wrap; those of the processor's tables may lie anywhere in long mode.
             next &= 0xffff_ffff;
         } else if next == 1 << 47 {
             // The end of the canonical range comes before any page fault.
@@ -453,6 +454,17 @@ pub(crate) mod tests {
         assert_eq!(get(&mut core, 0x4000), 0x8067);
         assert_eq!(get(&mut core, 0x2000), 0x3027);
         assert_eq!(core.load::<u32>(0x10), Ok(7));
+    }
+
+    #[test]
+    fn tables_of_compatibility_mode_may_cross_pages_above_4_gib() {
+        let mut core = core();
+        // Linear 1_0000_0000h leads to the same pages as 0.
+        put(&mut core, 0x2020, 0x3007);
+        core.code_size = CodeSize::Bits32;
+        assert_eq!(core.store_system(0x1_0000_0ffc, 0x1122_3344_5566_7788u64), Ok(()));
+        put(&mut core, 0x2000, 0);
+        assert_eq!(core.load_system::<u64>(0x1_0000_0ffc), Ok(0x1122_3344_5566_7788));
     }
 
     #[test]

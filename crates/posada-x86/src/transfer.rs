@@ -436,3 +436,6 @@ pub fn undefined(core: &mut Core, _: &Insn) -> Exec {
 pub fn too_long(core: &mut Core, _: &Insn) -> Exec {
     core.general_protection()
 }
+
+#[cfg(test)]
+mod tests;

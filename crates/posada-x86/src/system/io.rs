@@ -224,6 +224,18 @@ mod tests {
     }
 
     #[test]
+    fn a_closed_port_faults_for_no_rounds_too() {
+        let mut core = mapped();
+        let mut insn = insn();
+        insn.flags = REP;
+        (core.regs[gpr::RCX], core.regs[gpr::RDX]) = (0, 0x11);
+        assert!(ins::<u8>(&mut core, &insn).is_err() && outs::<u8>(&mut core, &insn).is_err());
+        assert_eq!(raised(&core), (vector::GP, Some(0)));
+        core.regs[gpr::RDX] = 0x10;
+        assert_eq!(ins::<u8>(&mut core, &insn), Ok(()));
+    }
+
+    #[test]
     fn a_faulting_store_takes_nothing() {
         let mut core = long();
         core.regs[gpr::RDI] = 0x1ffd;

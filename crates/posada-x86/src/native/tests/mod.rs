@@ -110,6 +110,8 @@ fn only_some_operands_must_be_aligned() {
         (&[0xc5, 0xfd, 0xe7, 0x03], true),           // VMOVNTDQ
         (&[0xf2, 0x0f, 0xf0, 0x03], false),          // LDDQU
         (&[0x0f, 0x6f, 0x03], false),                // MOVQ MM
+        (&[0xc5, 0xfc, 0x28, 0xca], false),          // VMOVAPS YMM1, YMM2
+        (&[0xc5, 0xf9, 0x6f, 0xca], false),          // VMOVDQA XMM1, XMM2
     ] {
         if aligned {
             assert_eq!(faults(&mut core, bytes), 13, "{bytes:x?}");
@@ -333,6 +335,17 @@ fn a_gather_that_faults_keeps_what_is_done() {
     assert_eq!(core.vector.ymm[5][..8], [0x11, 0x11, 0x11, 0x11, 0, 0, 0, 0]);
     core.vector.ymm[2][7] = 0x80;
     assert_eq!(faults(&mut core, &[0xc4, 0xe2, 0x69, 0x8c, 0x2b]), 14);
+}
+
+#[test]
+fn masked_elements_beyond_a_32_bit_address_do_not_wrap() {
+    let mut core = core();
+    core.regs[gpr::RDI] = 0xffff_fff8;
+    core.vector.ymm[2] = [0; 32];
+    core.vector.ymm[2][11] = 0x80;
+    // VMASKMOVPS XMM1, XMM2, [EDI]: the third of its elements alone.
+    assert_eq!(faults(&mut core, &[0x67, 0xc4, 0xe2, 0x69, 0x2c, 0x0f]), 14);
+    assert_eq!(core.raised.address, 0x1_0000_0000);
 }
 
 #[test]
