@@ -1,106 +1,164 @@
-//! The real gdb on a running VM.
+//! The real gdb at a running VM: it sees registers and memory, stops and steps the guest, and leaves it running.
 
-use posada_tests::{Folder, Launch, bare_program, small_linux};
+use posada_tests::{Folder, Launch, Process, bare_program, small_linux};
+use std::ffi::OsString;
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
-/// What gdb prints for these commands on a VM whose `--gdb` is `socket`.
-fn gdb(socket: &Path, commands: &[&str]) -> String {
-    let mut gdb = Command::new("gdb");
-    gdb.args([
-        "-nx",
-        "-batch",
-        "-ex",
-        "set confirm off",
-        "-ex",
-        "set architecture i386:x86-64",
-    ]);
-    gdb.args(["-ex", &format!("target remote {}", socket.display())]);
-    commands.iter().for_each(|command| {
-        gdb.args(["-ex", command]);
-    });
-    let output = gdb.output().expect("gdb is installed");
-    format!(
-        "{}{}",
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    )
+/// Starts a gdb that attaches and does `commands`.
+fn start_gdb(socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> Process {
+    let mut command = Command::new("gdb");
+    command.args(["-nx", "-batch", "-ex", "set confirm off", "-ex", "set pagination off"]);
+    command.args(["-ex", "set architecture i386:x86-64", "-ex"]);
+    let mut attach = OsString::from("target remote ");
+    attach.push(socket);
+    command.arg(attach);
+    for text in commands {
+        command.args(["-ex", text]);
+    }
+    command.args(symbols);
+    Process::start(&mut command, Duration::from_secs(120))
 }
 
+/// Attaches gdb, has it do `commands`, and gives what it printed.
+fn gdb(socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> String {
+    let ended = start_gdb(socket, symbols, commands).end();
+    ended.expect_code(0);
+    // gdb says here what it could not do, and goes on.
+    for trouble in ["annot", "rror", "imed out", "No symbol", "onnection"] {
+        if ended.errors.contains(trouble) {
+            ended.fail("wanted gdb to have no trouble");
+        }
+    }
+    ended.output
+}
+
+/// What the line `name=` of a gdb command made by [`show`] says.
 #[track_caller]
-fn value(output: &str, name: &str) -> u64 {
-    let line = output.lines().find(|line| line.starts_with(name));
-    let word = line.and_then(|line| line.split_whitespace().nth(1));
-    let digits = word.and_then(|word| word.strip_prefix("0x"));
-    digits
-        .and_then(|digits| u64::from_str_radix(digits, 16).ok())
-        .unwrap_or_else(|| panic!("no value of {name} in:\n{output}"))
+fn value<'a>(output: &'a str, name: &str) -> &'a str {
+    let mark = format!("{name}=");
+    output
+        .lines()
+        .find_map(|line| line.strip_prefix(&mark))
+        .unwrap_or_else(|| panic!("gdb did not say {name}: {output}"))
 }
 
-#[test]
-fn registers_memory_and_single_steps() {
-    let folder = Folder::new();
-    let socket = folder.path().join("gdb");
+/// A gdb command that prints such a line.
+fn show(name: &str, expression: &str) -> String {
+    format!("printf \"{name}=%lx\\n\", (long)({expression})")
+}
+
+fn spinning(folder: &Folder, address: impl AsRef<std::ffi::OsStr>) -> Process {
     let mut vm = Launch::run()
+        .folder(folder.path())
         .kernel(bare_program("spin"))
         .memory("64M")
+        .cpus(2)
         .arg("--gdb")
-        .arg(&socket)
+        .arg(address)
         .start();
     vm.expect("spinning\n");
-    // The multiboot magic is where the kernel was loaded.
-    let output = gdb(
-        &socket,
-        &[
-            "info registers rip cs cr0",
-            "x/1wx 0x100000",
-            "stepi",
-            "info registers rip",
-            "detach",
-        ],
-    );
-    assert!(output.contains("0x1badb002"), "{output}");
-    let rip = value(&output, "rip");
-    assert!((0x10_0000..0x20_0000).contains(&rip), "{output}");
-    // It went on, and can be attached to again.
-    let output = gdb(&socket, &["info registers rip", "detach"]);
-    assert!((0x10_0000..0x20_0000).contains(&value(&output, "rip")), "{output}");
-    vm.signal(libc::SIGTERM);
-    vm.end().expect_code(128 + libc::SIGTERM);
+    vm
 }
 
 #[test]
-fn a_break_point_in_a_linux_kernel() {
+fn gdb_debugs_a_bare_program() {
     let folder = Folder::new();
     let socket = folder.path().join("gdb");
-    let mut vm = small_linux()
-        .cpus(2)
-        .cmdline("console=ttyS0 quiet TERM=dumb nokaslr")
-        .arg("--gdb")
-        .arg(&socket)
-        .start();
-    vm.prompt();
-    let mut shell = vm.shell();
-    let address = shell.run("grep -w do_nanosleep /proc/kallsyms | cut -d' ' -f1");
-    address.success();
-    let at = format!("0x{}", address.output);
-    shell.send("(while :; do sleep 0.05; done) &\n");
+    let mut vm = spinning(&folder, &socket);
+    let symbols = bare_program("spin.elf64");
     let output = gdb(
         &socket,
+        Some(&symbols),
         &[
-            &format!("break *{at}"),
-            "continue",
-            "info registers rip",
             "info threads",
-            "delete",
+            "compare-sections .text",
+            &show("inside", "$rip >= (long)&bare_main && $rip < (long)&bare_main + 64"),
+            // Once more from the start: a register that is written, a step, and a break point on the way.
+            "set $rip = (long)&bare_main",
             "stepi",
+            &show("stepped", "$rip - (long)&bare_main"),
+            "break *say",
+            "continue",
+            &show("at_say", "$rip - (long)&say"),
+            "delete",
+            "set {long}0x200000 = 0x1122334455667788",
+            &show("memory", "*(unsigned char *)0x200001"),
             "detach",
         ],
     );
-    assert_eq!(format!("{:#x}", value(&output, "rip")), at, "{output}");
-    assert!(output.contains("Thread 2"), "{output}");
-    // The guest goes on as if nothing had been.
-    shell.run("kill %1; sleep 0.1; echo alive").contains("alive");
+    assert!(output.contains("vCPU 0") && output.contains("vCPU 1"), "{output}");
+    assert!(
+        output.contains("Section .text") && output.contains("matched."),
+        "{output}"
+    );
+    assert_eq!(value(&output, "inside"), "1");
+    let stepped = i64::from_str_radix(value(&output, "stepped"), 16).unwrap();
+    assert!(
+        (1..16).contains(&stepped),
+        "one instruction is no {stepped} bytes: {output}"
+    );
+    assert_eq!(value(&output, "at_say"), "0");
+    assert_eq!(value(&output, "memory"), "77");
+    // The guest runs on where gdb left it.
+    vm.expect("spinning\n").signal(libc::SIGTERM);
+    vm.end().expect_code(128 + libc::SIGTERM);
+    assert_eq!(folder.names().len(), 0, "the socket was left behind");
+}
+
+#[test]
+fn gdb_attaches_again_and_kills_the_vm() {
+    let folder = Folder::new();
+    let socket = folder.path().join("gdb");
+    let vm = spinning(&folder, &socket);
+    let rip = value(&gdb(&socket, None, &[&show("rip", "$rip"), "detach"]), "rip").to_string();
+    // The VM is gone before it can answer `kill`, which gdb may call an error.
+    let again = start_gdb(&socket, None, &["stepi", "stepi", &show("rip", "$rip"), "kill"])
+        .end()
+        .output;
+    // The program is an endless jump to itself.
+    assert_eq!(value(&again, "rip"), rip);
+    vm.end().expect_code(0);
+}
+
+#[test]
+fn gdb_debugs_linux() {
+    let folder = Folder::new();
+    let socket = folder.path().join("gdb");
+    let mut vm = small_linux().cpus(2).arg("--gdb").arg(&socket).start();
+    vm.prompt();
+    let mut shell = vm.shell();
+    let mut address = |symbol: &str| {
+        let answer = shell.run(&format!("awk '$3 == \"{symbol}\" {{ print $1; exit }}' /proc/kallsyms"));
+        format!("0x{}", answer.success().output)
+    };
+    let (banner, sleep) = (address("linux_banner"), address("hrtimer_nanosleep"));
+    let version = shell.run("cat /proc/version").success().output.clone();
+    shell.run("(while :; do usleep 1000; done) & true").success();
+    let output = gdb(
+        &socket,
+        None,
+        &[
+            &format!("printf \"banner=%s\", (char *){banner}"),
+            &format!("hbreak *{sleep}"),
+            "continue",
+            &show("first", "$rip"),
+            &show("level", "$cs & 3"),
+            "continue",
+            &show("second", "$rip"),
+            "stepi",
+            &show("stepped", &format!("$rip - {sleep}")),
+            "detach",
+        ],
+    );
+    assert_eq!(value(&output, "banner"), version);
+    for hit in ["first", "second"] {
+        assert_eq!(format!("0x{}", value(&output, hit)), sleep);
+    }
+    assert_eq!(value(&output, "level"), "0");
+    assert_ne!(value(&output, "stepped"), "0");
+    shell.run("kill $!; nproc").expect("2");
     shell.send("poweroff -f\n");
     shell.end().expect_code(0);
 }
