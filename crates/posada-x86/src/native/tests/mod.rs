@@ -349,6 +349,23 @@ fn masked_elements_beyond_a_32_bit_address_do_not_wrap() {
 }
 
 #[test]
+fn masked_bytes_wrap_and_all_must_be_canonical() {
+    let mut core = core();
+    core.regs[gpr::RDI] = 0xffff_fffe;
+    core.vector.ymm[0][..16].copy_from_slice(&[0x5a; 16]);
+    core.vector.ymm[1] = [0; 32];
+    core.vector.ymm[1][3] = 0x80;
+    // MASKMOVDQU XMM0, XMM1 through EDI: byte 3 alone, at address 1.
+    run(&mut core, &[0x67, 0x66, 0x0f, 0xf7, 0xc1]).unwrap();
+    assert_eq!(core.load::<u32>(0), Ok(0x5a00));
+    core.regs[gpr::RDI] = 0x7fff_ffff_fff8;
+    core.vector.ymm[1] = [0; 32];
+    assert_eq!(faults(&mut core, &[0x66, 0x0f, 0xf7, 0xc1]), 13);
+    core.regs[gpr::RDI] = 0x7fff_ffff_fff0;
+    run(&mut core, &[0x66, 0x0f, 0xf7, 0xc1]).unwrap();
+}
+
+#[test]
 fn what_is_no_vector_instruction_or_not_shown_does_not_decode() {
     let mut core = core();
     for bytes in [
