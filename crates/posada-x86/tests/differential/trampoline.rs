@@ -176,6 +176,11 @@ fn context() -> *mut Context {
     CONTEXT as *mut Context
 }
 
+/// True if the context is there.
+pub fn contains(address: u64) -> bool {
+    address.wrapping_sub(CONTEXT) < size_of::<Context>() as u64
+}
+
 /// Copies what the kernel saved at the signal into the context.
 extern "C" fn capture(user: &libc::ucontext_t) {
     // SAFETY: the context is mapped before any handler is set, and only this thread uses it.

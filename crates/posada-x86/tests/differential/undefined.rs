@@ -32,6 +32,8 @@ pub struct Undefined {
     pub numeric_first: bool,
     /// Where #PF may report any address: the first, and how many bytes.
     pub parts: Option<(u64, u64)>,
+    /// An operand's addresses have 32 bits: its parts may be on both sides of 4 GiB.
+    pub narrow: bool,
     /// Each of two memory operands may fault first.
     pub any_memory_fault: bool,
     /// #PF may not be raised at all.
@@ -105,26 +107,6 @@ pub fn of(instruction: &Instruction, case: &Case) -> Undefined {
                 undefined.destination(instruction, case, bits / 8);
             }
         }
-        // x87's FOP, FIP and FDP ("x87 FPU Instruction and Data (Operand) Pointers", Intel SDM 1, 8.1.8) tell of the last
-        // x87 instruction, which in the child is another than in the guest.
-        Mnemonic::Fnstenv | Mnemonic::Fnsave => {
-            let narrow = instruction.code().op_code().operand_size() == 16;
-            undefined.pointers(instruction, case, if narrow { 6..14 } else { 12..28 });
-        }
-        Mnemonic::Fxsave
-        | Mnemonic::Fxsave64
-        | Mnemonic::Xsave
-        | Mnemonic::Xsave64
-        | Mnemonic::Xsavec
-        | Mnemonic::Xsavec64
-        | Mnemonic::Xsaveopt
-        | Mnemonic::Xsaveopt64 => {
-            undefined.pointers(
-                instruction,
-                case,
-                area::POINTERS.start as u64..area::POINTERS.end as u64,
-            );
-        }
         // "BSF", "BSR": the destination is undefined if the source is 0.
         Mnemonic::Bsf | Mnemonic::Bsr => undefined.register = Some(instruction.op0_register()),
         _ => {}
@@ -152,6 +134,8 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     if narrow && (instruction.has_rep_prefix() || instruction.has_repne_prefix()) {
         undefined.upper_halves = 1 << 1 | 1 << 6 | 1 << 7;
     }
+    let registers = [instruction.memory_base(), instruction.memory_index()];
+    undefined.narrow = narrow || registers.iter().any(|register| register.size() == 4);
     // MMX instructions may have entered MMX state, that is, set TOP to 0 and all tags.
     undefined.mmx_state = operands().any(|operand| instruction.op_register(operand).is_mm());
     if matches!(
@@ -229,13 +213,6 @@ impl Undefined {
         match crate::generate::operand_address(instruction, case) {
             Some(address) => self.memory.push(address..address.wrapping_add(length)),
             None => self.register = Some(instruction.op0_register()),
-        }
-    }
-
-    fn pointers(&mut self, instruction: &Instruction, case: &Case, at: std::ops::Range<u64>) {
-        if let Some(address) = crate::generate::operand_address(instruction, case) {
-            self.memory
-                .push(address.wrapping_add(at.start)..address.wrapping_add(at.end));
         }
     }
 }
