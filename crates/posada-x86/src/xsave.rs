@@ -279,9 +279,9 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
     // Without components it is the header's alone.
     let first = if requested == 0 { HEADER } else { 0 };
     // The header is read too: both must be possible before anything is written.
-    core.host_range(linear + first, length as u64 - first, true)?;
+    core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;
     let mut old = [0; 8];
-    core.take(linear + HEADER, &mut old)?;
+    core.take(linear.wrapping_add(HEADER), &mut old)?;
     let present = u64::from_le_bytes(old) & !requested | core.xinuse() & requested;
     save(
         core,
@@ -290,7 +290,7 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
         requested & (SSE | AVX) != 0,
         insn.flags & WIDE != 0,
     )?;
-    core.put(linear + HEADER, &present.to_le_bytes())
+    core.put(linear.wrapping_add(HEADER), &present.to_le_bytes())
 }
 
 /// Stores components, and MXCSR, at their places; the rights were checked.
@@ -299,19 +299,22 @@ fn save(core: &mut Core, linear: u64, components: u64, mxcsr: bool, wide: bool) 
     if components & X87 != 0 {
         core.put_x87(&mut area, wide);
         core.put(linear, &area[..24])?;
-        core.put(linear + 32, &area[32..160])?;
+        core.put(linear.wrapping_add(32), &area[32..160])?;
     }
     if mxcsr {
         core.put_mxcsr(&mut area);
-        core.put(linear + 24, &area[24..32])?;
+        core.put(linear.wrapping_add(24), &area[24..32])?;
     }
     if components & SSE != 0 {
         core.put_xmm(&mut area);
-        core.put(linear + 160, &area[160..core.xmm_end()])?;
+        core.put(linear.wrapping_add(160), &area[160..core.xmm_end()])?;
     }
     if components & AVX != 0 {
         core.put_upper(&mut area[AVX_OFFSET..]);
-        core.put(linear + AVX_OFFSET as u64, &area[AVX_OFFSET..core.upper_end()])?;
+        core.put(
+            linear.wrapping_add(AVX_OFFSET as u64),
+            &area[AVX_OFFSET..core.upper_end()],
+        )?;
     }
     Ok(())
 }
@@ -344,10 +347,10 @@ fn save_compacted(core: &mut Core, insn: &Insn, requested: u64) -> Exec {
     };
     let linear = core.area(insn, length, 64, true)?;
     let first = if requested & (X87 | SSE) == 0 { HEADER } else { 0 };
-    core.host_range(linear + first, length as u64 - first, true)?;
+    core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;
     save(core, linear, present, present & SSE != 0, insn.flags & WIDE != 0)?;
-    core.put(linear + HEADER, &present.to_le_bytes())?;
-    core.put(linear + HEADER + 8, &(requested | COMPACTED).to_le_bytes())
+    core.put(linear.wrapping_add(HEADER), &present.to_le_bytes())?;
+    core.put(linear.wrapping_add(HEADER + 8), &(requested | COMPACTED).to_le_bytes())
 }
 
 /// XRSTOR.
@@ -389,7 +392,7 @@ fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -
     let (load, clear) = (requested & present, requested & !present);
     if load & AVX != 0 {
         let end = core.upper_end();
-        core.take(linear + AVX_OFFSET as u64, &mut area[AVX_OFFSET..end])?;
+        core.take(linear.wrapping_add(AVX_OFFSET as u64), &mut area[AVX_OFFSET..end])?;
     }
     // MXCSR belongs to SSE state in the compacted format, and to SSE or AVX, whatever is present, in the other.
     let mxcsr = if compacted { load & SSE } else { requested & (SSE | AVX) };
@@ -574,6 +577,8 @@ mod tests {
         }
         for (exec, mask) in [(xsave as Handler, X87), (xsave, AVX), (xsavec, SSE)] {
             assert_eq!(fault(&mut core, exec, 0xe00, mask), vector::PF);
+            // Up to the last byte of all.
+            assert_eq!(fault(&mut core, exec, 0u32.wrapping_sub(64), mask), vector::PF);
         }
     }
 
