@@ -147,41 +147,35 @@ fn physical(area: &[u8], number: usize) -> String {
 fn vectors(found: &mut Differences, undefined: &Undefined, native: &Outcome, guest: &Outcome) {
     let (native, guest) = (&native.state, &guest.state);
     let word = |state: &State, at: usize| u64::from(u16::from_le_bytes([state.area[at], state.area[at + 1]]));
-    if !undefined.x87 {
-        found.number("x87 control", word(native, area::FCW), word(guest, area::FCW));
-        let pointer = |state: &State, at: usize| u64::from_le_bytes(state.area[at..at + 8].try_into().unwrap());
-        found.number("x87 opcode", word(native, area::FOP), word(guest, area::FOP));
-        for (name, at) in [("x87 instruction pointer", area::FIP), ("x87 data pointer", area::FDP)] {
-            found.number(name, pointer(native, at), pointer(guest, at));
-        }
-        let status = if undefined.mmx_state { 0xc7ff } else { 0xffff };
-        found.number(
-            "x87 status",
-            word(native, area::FSW) & status,
-            word(guest, area::FSW) & status,
-        );
-        if !undefined.mmx_state {
-            found.number(
-                "x87 tags",
-                word(native, area::FTW) & 0xff,
-                word(guest, area::FTW) & 0xff,
-            );
-        }
-        for number in 0..8 {
-            let name = format!("x87 r{number}");
-            found.check(
-                &name,
-                physical(&native.area, number),
-                physical(&guest.area, number),
-                String::clone,
-            );
-        }
+    found.number("x87 control", word(native, area::FCW), word(guest, area::FCW));
+    let pointer = |state: &State, at: usize| u64::from_le_bytes(state.area[at..at + 8].try_into().unwrap());
+    found.number("x87 opcode", word(native, area::FOP), word(guest, area::FOP));
+    for (name, at) in [("x87 instruction pointer", area::FIP), ("x87 data pointer", area::FDP)] {
+        found.number(name, pointer(native, at), pointer(guest, at));
     }
-    let compared = match undefined {
-        Undefined { vectors: u16::MAX, .. } => 0,
-        Undefined { mxcsr: true, .. } => !0x3f,
-        _ => !0,
-    };
+    let status = if undefined.mmx_state { 0xc7ff } else { 0xffff };
+    found.number(
+        "x87 status",
+        word(native, area::FSW) & status,
+        word(guest, area::FSW) & status,
+    );
+    if !undefined.mmx_state {
+        found.number(
+            "x87 tags",
+            word(native, area::FTW) & 0xff,
+            word(guest, area::FTW) & 0xff,
+        );
+    }
+    for number in 0..8 {
+        let name = format!("x87 r{number}");
+        found.check(
+            &name,
+            physical(&native.area, number),
+            physical(&guest.area, number),
+            String::clone,
+        );
+    }
+    let compared = if undefined.mxcsr { !0x3f } else { !0 };
     found.number(
         "mxcsr",
         (native.mxcsr() & compared).into(),
