@@ -240,6 +240,20 @@ fn x87_notes_the_guests_instruction_and_operand() {
 }
 
 #[test]
+fn fldenv_loads_any_opcode() {
+    let mut core = core();
+    core.regs[gpr::RBX] = 0x100;
+    let image: [u8; 28] = std::array::from_fn(|at| if at == 0 { 0x7f } else { 3 * u8::from(at == 1) });
+    core.store_bytes(0x100, &image).unwrap();
+    for opcode in 0..0x800u16 {
+        core.store(0x112u64, opcode).unwrap();
+        // FLDENV [RBX], whatever the host's own copy of it looks like.
+        run(&mut core, &[0xd9, 0x23]).unwrap();
+        assert_eq!(word(&core, 6), opcode);
+    }
+}
+
+#[test]
 fn mmx_shares_the_x87_registers() {
     let mut core = core();
     run(&mut core, &[0xd9, 0xe8]).unwrap();
