@@ -13,6 +13,8 @@ pub const X87: u64 = 1;
 pub const SSE: u64 = 2;
 /// Component bit of the upper halves of YMM registers.
 pub const AVX: u64 = 4;
+/// Offset of the header.
+const HEADER: u64 = 512;
 /// Bytes of the legacy region and the header.
 pub const HEADER_END: usize = 576;
 /// Offset of AVX state in bytes, in both formats.
@@ -274,10 +276,12 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
         HEADER_END
     };
     let linear = core.area(insn, length, 64, true)?;
+    // Without components it is the header's alone.
+    let first = if requested == 0 { HEADER } else { 0 };
     // The header is read too: both must be possible before anything is written.
-    core.host_range(linear, length as u64, true)?;
+    core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;
     let mut old = [0; 8];
-    core.take(linear + 512, &mut old)?;
+    core.take(linear.wrapping_add(HEADER), &mut old)?;
     let present = u64::from_le_bytes(old) & !requested | core.xinuse() & requested;
     save(
         core,
@@ -286,7 +290,7 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
         requested & (SSE | AVX) != 0,
         insn.flags & WIDE != 0,
     )?;
-    core.put(linear + 512, &present.to_le_bytes())
+    core.put(linear.wrapping_add(HEADER), &present.to_le_bytes())
 }
 
 /// Stores components, and MXCSR, at their places; the rights were checked.
@@ -295,19 +299,22 @@ fn save(core: &mut Core, linear: u64, components: u64, mxcsr: bool, wide: bool) 
     if components & X87 != 0 {
         core.put_x87(&mut area, wide);
         core.put(linear, &area[..24])?;
-        core.put(linear + 32, &area[32..160])?;
+        core.put(linear.wrapping_add(32), &area[32..160])?;
     }
     if mxcsr {
         core.put_mxcsr(&mut area);
-        core.put(linear + 24, &area[24..32])?;
+        core.put(linear.wrapping_add(24), &area[24..32])?;
     }
     if components & SSE != 0 {
         core.put_xmm(&mut area);
-        core.put(linear + 160, &area[160..core.xmm_end()])?;
+        core.put(linear.wrapping_add(160), &area[160..core.xmm_end()])?;
     }
     if components & AVX != 0 {
         core.put_upper(&mut area[AVX_OFFSET..]);
-        core.put(linear + AVX_OFFSET as u64, &area[AVX_OFFSET..core.upper_end()])?;
+        core.put(
+            linear.wrapping_add(AVX_OFFSET as u64),
+            &area[AVX_OFFSET..core.upper_end()],
+        )?;
     }
     Ok(())
 }
@@ -339,10 +346,11 @@ fn save_compacted(core: &mut Core, insn: &Insn, requested: u64) -> Exec {
         HEADER_END
     };
     let linear = core.area(insn, length, 64, true)?;
-    core.host_range(linear, length as u64, true)?;
+    let first = if requested & (X87 | SSE) == 0 { HEADER } else { 0 };
+    core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;
     save(core, linear, present, present & SSE != 0, insn.flags & WIDE != 0)?;
-    core.put(linear + 512, &present.to_le_bytes())?;
-    core.put(linear + 520, &(requested | COMPACTED).to_le_bytes())
+    core.put(linear.wrapping_add(HEADER), &present.to_le_bytes())?;
+    core.put(linear.wrapping_add(HEADER + 8), &(requested | COMPACTED).to_le_bytes())
 }
 
 /// XRSTOR.
@@ -384,7 +392,7 @@ fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -
     let (load, clear) = (requested & present, requested & !present);
     if load & AVX != 0 {
         let end = core.upper_end();
-        core.take(linear + AVX_OFFSET as u64, &mut area[AVX_OFFSET..end])?;
+        core.take(linear.wrapping_add(AVX_OFFSET as u64), &mut area[AVX_OFFSET..end])?;
     }
     // MXCSR belongs to SSE state in the compacted format, and to SSE or AVX, whatever is present, in the other.
     let mxcsr = if compacted { load & SSE } else { requested & (SSE | AVX) };
@@ -555,6 +563,23 @@ mod tests {
         run(&mut core, xrstor, 0x400, X87).unwrap();
         assert_eq!(core.vector.fx[..24], initial_fx()[..24]);
         assert_eq!(core.xinuse(), 0);
+    }
+
+    #[test]
+    fn without_components_only_the_header_is_written() {
+        let mut core = core();
+        // Linear page 0 is no more.
+        core.physical_write(0x4000, &[0; 8]);
+        core.mmu.flush();
+        for (exec, mask) in [(xsave as Handler, 0), (xsavec, 0), (xsavec, AVX)] {
+            run(&mut core, exec, 0xe00, mask).unwrap();
+            assert_eq!(core.load::<u64>(0x1000), Ok(mask));
+        }
+        for (exec, mask) in [(xsave as Handler, X87), (xsave, AVX), (xsavec, SSE)] {
+            assert_eq!(fault(&mut core, exec, 0xe00, mask), vector::PF);
+            // Up to the last byte of all.
+            assert_eq!(fault(&mut core, exec, 0u32.wrapping_sub(64), mask), vector::PF);
+        }
     }
 
     #[test]

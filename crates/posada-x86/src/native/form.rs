@@ -36,6 +36,9 @@ pub struct Form {
     pub mmx: bool,
     /// Waits for pending x87 exceptions.
     pub waits: bool,
+    /// The x87 unit may note its opcode. What does not wait notes nothing, but may store what was noted; FLDENV and FRSTOR
+    /// load it.
+    pub notes: bool,
     /// Bytes of the memory operand, 0 without one.
     pub bytes: u8,
     /// Bits of its linear address that must be zero.
@@ -72,13 +75,15 @@ impl Form {
             InstructionInfoFactory::new().info(&instruction).op_access(operand)
         });
         let opcode = opcode(&key.to_le_bytes());
+        let waits = uses.x87 && !no_wait(instruction.code());
         let stub = stub::assemble(instruction, &uses)?;
         let form = Self {
             stub: std::ptr::null(),
             at: stub.at,
             needs: uses.needs,
             mmx: uses.mmx,
-            waits: uses.x87 && !no_wait(instruction.code()),
+            waits,
+            notes: waits && !matches!(instruction.mnemonic(), Mnemonic::Fldenv | Mnemonic::Frstor),
             bytes,
             align: alignment(&instruction, bytes, &uses),
             read: matches!(access, OpAccess::Read | OpAccess::ReadWrite | OpAccess::CondRead),

@@ -84,10 +84,39 @@ impl Core {
 
     /// Stores the pieces of `data` that `chosen` names by their first byte: all or none.
     fn store_pieces(&mut self, insn: &Insn, data: &[u8], bytes: usize, chosen: impl Fn(usize) -> bool) -> Exec {
+        self.store_at(data, bytes, chosen, |core, at| {
+            core.linear_beside(insn, at as u64, bytes as u64, true)
+        })
+    }
+
+    /// Stores the bytes that `chosen` names: all or none. Each has an address of the address size, and those of the
+    /// whole operand must be canonical.
+    fn store_chosen(&mut self, insn: &Insn, data: &[u8], chosen: impl Fn(usize) -> bool) -> Exec {
+        let (first, mask) = (self.offset_of(insn), insn.address_mask());
+        if self.bits64() {
+            for at in [0, data.len() as u64 - 1] {
+                let linear = self.linear_at(insn, first.wrapping_add(at) & mask, 1, true)?;
+                if (linear as i64) << 16 >> 16 != linear as i64 {
+                    self.load::<u8>(linear)?;
+                }
+            }
+        }
+        self.store_at(data, 1, chosen, |core, at| {
+            core.linear_at(insn, first.wrapping_add(at as u64) & mask, 1, true)
+        })
+    }
+
+    fn store_at(
+        &mut self,
+        data: &[u8],
+        bytes: usize,
+        chosen: impl Fn(usize) -> bool,
+        linear: impl Fn(&mut Self, usize) -> Exec<u64>,
+    ) -> Exec {
         let mut places = [0; 16];
         for (place, at) in places.iter_mut().zip((0..data.len()).step_by(bytes)) {
             if chosen(at) {
-                *place = self.linear_beside(insn, at as u64, bytes as u64, true)?;
+                *place = linear(self, at)?;
                 self.host_range(*place, bytes as u64, true)?;
             }
         }
@@ -139,7 +168,7 @@ fn mask_bytes<const NEEDS: u8>(core: &mut Core, insn: &Insn) -> Exec {
     core.permit(NEEDS, false)?;
     let mask = core.vector.ymm[usize::from(insn.rm)];
     let data = core.vector.ymm[usize::from(insn.reg)];
-    core.store_pieces(insn, &data[..16], 1, |at| mask[at] >= 0x80)
+    core.store_chosen(insn, &data[..16], |at| mask[at] >= 0x80)
 }
 
 /// MASKMOVQ, which like all of MMX makes every x87 register valid and the first one the top.
@@ -154,7 +183,7 @@ fn mask_bytes_mmx(core: &mut Core, insn: &Insn) -> Exec {
         core.vector.fx[at..at + 8].try_into().expect("eight bytes")
     };
     let (mask, data) = (register(core, insn.rm), register(core, insn.reg));
-    core.store_pieces(insn, &data, 1, |at| mask[at] >= 0x80)?;
+    core.store_chosen(insn, &data, |at| mask[at] >= 0x80)?;
     core.vector.fx[32..160].rotate_right(top * 16);
     core.vector.fx[3] &= !0x38;
     core.vector.fx[4] = 0xff;

@@ -108,8 +108,8 @@ fn execute_x87(core: &mut Core, insn: &Insn, form: &Form) -> Exec {
         core.wait_x87()?;
     }
     let (note, data) = (word(core, 6), field(core, 16));
-    // Not what the host will note, so that a change is seen. What does not wait notes nothing, but may store the note.
-    if form.waits {
+    // Not what the host will note, so that a change is seen.
+    if form.notes {
         set_word(core, 6, form.opcode ^ 1);
     }
     let result = if form.bytes == 0 {
@@ -118,7 +118,7 @@ fn execute_x87(core: &mut Core, insn: &Insn, form: &Form) -> Exec {
         with_memory(core, insn, form)
     };
     match word(core, 6) {
-        _ if !form.waits => {}
+        _ if !form.notes => {}
         noted if noted == form.opcode => set_word(core, 6, insn.extra as u16),
         noted if noted == form.opcode ^ 1 => set_word(core, 6, note),
         _ => {}

@@ -1,6 +1,6 @@
 //! Far jumps, calls and returns, and the instructions that raise interrupts (Intel SDM 3A, section 5.8).
 
-use super::descriptor::{Rights, canonical, code_of, null_segment, rpl};
+use super::descriptor::{Rights, canonical, code_of, is_null, null_segment, rpl};
 use super::segments::{far_pointer, operand_bytes};
 use super::stack::Stack;
 use crate::core::{Core, flag, gpr, seg};
@@ -248,8 +248,10 @@ impl Core {
             let level = rpl(code.selector);
             for register in [seg::ES, seg::DS, seg::FS, seg::GS] {
                 let segment = &mut self.segments[register];
-                // A null FS or GS keeps the base that an MSR gave it.
-                if segment.present() && !segment.conforming() && segment.dpl() < level {
+                if is_null(segment.selector) {
+                    // Its RPL goes; FS and GS keep the bases that MSRs gave them.
+                    segment.selector = 0;
+                } else if segment.present() && !segment.conforming() && segment.dpl() < level {
                     *segment = null_segment(0, 0);
                 }
             }

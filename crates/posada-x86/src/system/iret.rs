@@ -156,6 +156,21 @@ mod tests {
     }
 
     #[test]
+    fn user_mode_sees_no_kernel_segment_and_no_null_selector_but_0() {
+        let mut core = long();
+        core.segments[seg::DS] = core.segments[seg::SS];
+        core.segments[seg::FS].selector = 3;
+        core.segments[seg::FS].base = 0x1234;
+        push_all(&mut core, 8, &[USER_DATA.into(), 0x5550, 2, USER_CODE.into(), 0x4444]);
+        assert_eq!(iret(&mut core, &wide()), Ok(()));
+        assert_eq!(core.segments[seg::DS].selector, 0);
+        assert_eq!(
+            (core.segments[seg::FS].selector, core.segments[seg::FS].base),
+            (0, 0x1234)
+        );
+    }
+
+    #[test]
     fn the_same_level_pops_a_stack_in_64_bit_mode() {
         let mut core = long();
         push_all(&mut core, 8, &[0, 0x1230, 2, KERNEL_CODE.into(), 0x4444]);

@@ -62,7 +62,10 @@ fn same_end(undefined: &Undefined, native: &Outcome, guest: &Outcome) -> bool {
     let retired = |outcome: &Outcome| outcome.end == End::Retired;
     let memory = |outcome: &Outcome| outcome.end == End::Raised && matches!(outcome.vector, 12..=14);
     let part = |outcome: &Outcome| {
-        let inside = |(first, length)| outcome.address.wrapping_sub(first) < length;
+        let inside = |(first, length)| {
+            let distance = outcome.address.wrapping_sub(first);
+            distance < length || undefined.narrow && distance & 0xffff_ffff < length
+        };
         outcome.end == End::Raised && outcome.vector == 14 && undefined.parts.is_some_and(inside)
     };
     let same_page = native.address >> 12 == guest.address >> 12;
@@ -91,6 +94,10 @@ pub fn differences(case: &Case, native: &Outcome, guest: &Outcome) -> Vec<String
         (End::Retired, End::Retired) => undefined::of(&instruction, case),
         _ => undefined::of_fault(&instruction, case),
     };
+    if guest.end == End::Raised && guest.vector == 14 && crate::trampoline::contains(guest.address) {
+        // A stray operand, which on the CPU met the harness.
+        return found.0;
+    }
     if !same_end(&undefined, native, guest) {
         found.0.push(format!("CPU: {}; posada: {}", end(native), end(guest)));
         if native.end == End::Died || guest.end == End::Died {
@@ -123,7 +130,11 @@ fn registers(found: &mut Differences, undefined: &Undefined, native: &Outcome, g
     found.number("fs base", native.fs_base, guest.fs_base);
     found.number("gs base", native.gs_base, guest.gs_base);
     for (number, name) in SELECTORS.iter().enumerate() {
-        found.number(name, native.selectors[number].into(), guest.selectors[number].into());
+        let (native, guest) = (native.selectors[number], guest.selectors[number]);
+        // The return from an interrupt in between makes any null selector 0 ("IRET").
+        if native.min(guest) != 0 || native.max(guest) > 3 {
+            found.number(name, native.into(), guest.into());
+        }
     }
 }
 
@@ -136,36 +147,35 @@ fn physical(area: &[u8], number: usize) -> String {
 fn vectors(found: &mut Differences, undefined: &Undefined, native: &Outcome, guest: &Outcome) {
     let (native, guest) = (&native.state, &guest.state);
     let word = |state: &State, at: usize| u64::from(u16::from_le_bytes([state.area[at], state.area[at + 1]]));
-    if !undefined.x87 {
-        found.number("x87 control", word(native, area::FCW), word(guest, area::FCW));
-        let status = if undefined.mmx_state { 0xc7ff } else { 0xffff };
-        found.number(
-            "x87 status",
-            word(native, area::FSW) & status,
-            word(guest, area::FSW) & status,
-        );
-        if !undefined.mmx_state {
-            found.number(
-                "x87 tags",
-                word(native, area::FTW) & 0xff,
-                word(guest, area::FTW) & 0xff,
-            );
-        }
-        for number in 0..8 {
-            let name = format!("x87 r{number}");
-            found.check(
-                &name,
-                physical(&native.area, number),
-                physical(&guest.area, number),
-                String::clone,
-            );
-        }
+    found.number("x87 control", word(native, area::FCW), word(guest, area::FCW));
+    let pointer = |state: &State, at: usize| u64::from_le_bytes(state.area[at..at + 8].try_into().unwrap());
+    found.number("x87 opcode", word(native, area::FOP), word(guest, area::FOP));
+    for (name, at) in [("x87 instruction pointer", area::FIP), ("x87 data pointer", area::FDP)] {
+        found.number(name, pointer(native, at), pointer(guest, at));
     }
-    let compared = match undefined {
-        Undefined { vectors: u16::MAX, .. } => 0,
-        Undefined { mxcsr: true, .. } => !0x3f,
-        _ => !0,
-    };
+    let status = if undefined.mmx_state { 0xc7ff } else { 0xffff };
+    found.number(
+        "x87 status",
+        word(native, area::FSW) & status,
+        word(guest, area::FSW) & status,
+    );
+    if !undefined.mmx_state {
+        found.number(
+            "x87 tags",
+            word(native, area::FTW) & 0xff,
+            word(guest, area::FTW) & 0xff,
+        );
+    }
+    for number in 0..8 {
+        let name = format!("x87 r{number}");
+        found.check(
+            &name,
+            physical(&native.area, number),
+            physical(&guest.area, number),
+            String::clone,
+        );
+    }
+    let compared = if undefined.mxcsr { !0x3f } else { !0 };
     found.number(
         "mxcsr",
         (native.mxcsr() & compared).into(),
@@ -259,9 +269,9 @@ mod tests {
             |outcome, at| outcome.state.area[area::XMM + at % 256] ^= 1,
             |outcome, at| outcome.state.area[area::YMM_HIGH + at % 256] ^= 0x80,
             |outcome, at| outcome.state.area[area::ST + at % 8 * 16 + at % 10] ^= 1,
-            |outcome, at| outcome.state.area[[0, 1, 2, 3, 4, 24, 25, 26, 27][at % 9]] ^= 1,
+            |outcome, at| outcome.state.area[[0, 1, 2, 3, 4, 6, 8, 15, 16, 23, 24, 25, 26, 27][at % 14]] ^= 1,
             |outcome, at| outcome.state.rflags ^= [1, 4, 16, 64, 128, 1 << 10, 1 << 11, 1 << 14, 1 << 21][at % 9],
-            |outcome, at| outcome.state.selectors[at % 4] ^= 1,
+            |outcome, at| outcome.state.selectors[at % 4] ^= 4,
             |outcome, at| {
                 *[
                     &mut outcome.state.fs_base,

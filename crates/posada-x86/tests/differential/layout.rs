@@ -22,8 +22,8 @@ pub const DATA: u64 = 0x2000_0000;
 /// Which page after [`DATA`] each backing page appears at, and whether it can be written.
 pub const DATA_PAGES: [(u64, bool); 4] = [(1, true), (2, true), (3, false), (5, true)];
 
-/// What an instruction and its exits leave in the code pages when no case is there.
-const FILLER: u8 = 0xcc;
+/// What is in the code pages where no case is: HLT, which in user mode is #GP(0) on both sides.
+const FILLER: u8 = 0xf4;
 /// Bytes of an exit: `jmp [address]`.
 pub const EXIT: u64 = 7;
 

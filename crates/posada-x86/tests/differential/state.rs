@@ -5,8 +5,10 @@ pub mod area {
     pub const FCW: usize = 0;
     pub const FSW: usize = 2;
     pub const FTW: usize = 4;
-    /// FOP, FIP, FDP.
-    pub const POINTERS: std::ops::Range<usize> = 6..24;
+    /// Opcode, instruction pointer and data pointer of the last x87 instruction.
+    pub const FOP: usize = 6;
+    pub const FIP: usize = 8;
+    pub const FDP: usize = 16;
     pub const MXCSR: usize = 24;
     pub const ST: usize = 32;
     pub const XMM: usize = 160;

@@ -1,7 +1,8 @@
 //! Enters a case with its whole state and leaves it with what the instruction made of it, in assembly because neither
 //! may disturb a single register. The context lies below 2 GiB, where absolute addresses reach it without a base.
 //!
-//! IRETQ loads RIP, RSP and RFLAGS at once and serializes, as execution of bytes just written needs (Intel SDM 3A, 9.3).
+//! IRETQ loads RIP, RSP and RFLAGS at once and serializes, as execution of bytes just written needs (Intel SDM 3A,
+//! "Serializing Instructions").
 
 use crate::layout::{CODE, CODE_PAGES, EXIT, PAGE};
 use crate::state::{End, Outcome, State, area};
@@ -174,6 +175,11 @@ unsafe extern "C" {
 
 fn context() -> *mut Context {
     CONTEXT as *mut Context
+}
+
+/// True if the context is there.
+pub fn contains(address: u64) -> bool {
+    address.wrapping_sub(CONTEXT) < size_of::<Context>() as u64
 }
 
 /// Copies what the kernel saved at the signal into the context.

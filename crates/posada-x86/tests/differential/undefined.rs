@@ -22,8 +22,6 @@ pub struct Undefined {
     pub upper_halves: u64,
     /// The x87 unit's TOP and tags.
     pub mmx_state: bool,
-    /// All of the x87 unit.
-    pub x87: bool,
     /// One bit for each vector register.
     pub vectors: u16,
     /// MXCSR's flags.
@@ -32,6 +30,8 @@ pub struct Undefined {
     pub numeric_first: bool,
     /// Where #PF may report any address: the first, and how many bytes.
     pub parts: Option<(u64, u64)>,
+    /// An operand's addresses have 32 bits: its parts may be on both sides of 4 GiB.
+    pub narrow: bool,
     /// Each of two memory operands may fault first.
     pub any_memory_fault: bool,
     /// #PF may not be raised at all.
@@ -105,26 +105,6 @@ pub fn of(instruction: &Instruction, case: &Case) -> Undefined {
                 undefined.destination(instruction, case, bits / 8);
             }
         }
-        // x87's FOP, FIP and FDP ("x87 FPU Instruction and Data (Operand) Pointers", Intel SDM 1, 8.1.8) tell of the last
-        // x87 instruction, which in the child is another than in the guest.
-        Mnemonic::Fnstenv | Mnemonic::Fnsave => {
-            let narrow = instruction.code().op_code().operand_size() == 16;
-            undefined.pointers(instruction, case, if narrow { 6..14 } else { 12..28 });
-        }
-        Mnemonic::Fxsave
-        | Mnemonic::Fxsave64
-        | Mnemonic::Xsave
-        | Mnemonic::Xsave64
-        | Mnemonic::Xsavec
-        | Mnemonic::Xsavec64
-        | Mnemonic::Xsaveopt
-        | Mnemonic::Xsaveopt64 => {
-            undefined.pointers(
-                instruction,
-                case,
-                area::POINTERS.start as u64..area::POINTERS.end as u64,
-            );
-        }
         // "BSF", "BSR": the destination is undefined if the source is 0.
         Mnemonic::Bsf | Mnemonic::Bsr => undefined.register = Some(instruction.op0_register()),
         _ => {}
@@ -136,8 +116,8 @@ pub fn of(instruction: &Instruction, case: &Case) -> Undefined {
 }
 
 /// What a fault may leave changed, and which fault it is, where that is the processor's own affair: faults of one
-/// instruction have no order among themselves (Intel SDM 3A, table 7-2, last class), and an access of several parts makes
-/// them in any order.
+/// instruction are one class of Intel SDM 3A's "Priority Among Concurrent Events", inside which processors differ, and an
+/// access of several parts makes them in any order.
 pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     use Mnemonic as M;
     let mut undefined = Undefined::default();
@@ -152,14 +132,10 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     if narrow && (instruction.has_rep_prefix() || instruction.has_repne_prefix()) {
         undefined.upper_halves = 1 << 1 | 1 << 6 | 1 << 7;
     }
+    let registers = [instruction.memory_base(), instruction.memory_index()];
+    undefined.narrow = narrow || registers.iter().any(|register| register.size() == 4);
     // MMX instructions may have entered MMX state, that is, set TOP to 0 and all tags.
     undefined.mmx_state = operands().any(|operand| instruction.op_register(operand).is_mm());
-    if matches!(
-        instruction.mnemonic(),
-        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp
-    ) {
-        undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
-    }
     let mut parts = 0;
     match instruction.mnemonic() {
         // An indirect CALL stores the return address, and then finds that its target is not canonical.
@@ -168,23 +144,23 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
             let stack = case.state.gpr[4];
             undefined.memory.push(stack.wrapping_sub(8)..stack);
         }
+        // The rounding to decimal digits may be noted before the store is tried.
+        M::Fbstp => {
+            undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
+            parts = 10;
+        }
         M::Fldenv => parts = 28,
         M::Fnstenv => parts = 28,
         M::Fnsave | M::Frstor => parts = 108,
         // Ten bytes are eight and two.
-        M::Fstp | M::Fbstp | M::Fld | M::Fbld if instruction.memory_size().size() == 10 => parts = 10,
+        M::Fstp | M::Fld | M::Fbld if instruction.memory_size().size() == 10 => parts = 10,
         M::Fxsave | M::Fxsave64 => parts = 512,
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => parts = area::SIZE as u64,
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => parts = 32,
-        // A part of the registers may be loaded when an image's MXCSR turns out to be bad.
-        M::Fxrstor | M::Fxrstor64 | M::Xrstor | M::Xrstor64 => {
-            parts = area::SIZE as u64;
-            undefined.vectors = u16::MAX;
-            undefined.x87 = true;
-            // Nor does it say whether components that are not asked for are read.
-            undefined.optional = true;
-        }
-        // The bytes are stored one by one, at RDI; "a mask of all 0s ... may" fault or not, and so may any byte's.
+        M::Fxrstor | M::Fxrstor64 => parts = 512,
+        M::Xrstor | M::Xrstor64 => parts = area::SIZE as u64,
+        // The bytes are stored one by one, at RDI. Faults with a mask of zeros are left to the processor ("MASKMOVDQU"),
+        // and so are those at bytes that the mask leaves out.
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
             let segment = match instruction.memory_segment() {
                 Register::FS => case.state.fs_base,
@@ -229,13 +205,6 @@ impl Undefined {
         match crate::generate::operand_address(instruction, case) {
             Some(address) => self.memory.push(address..address.wrapping_add(length)),
             None => self.register = Some(instruction.op0_register()),
-        }
-    }
-
-    fn pointers(&mut self, instruction: &Instruction, case: &Case, at: std::ops::Range<u64>) {
-        if let Some(address) = crate::generate::operand_address(instruction, case) {
-            self.memory
-                .push(address.wrapping_add(at.start)..address.wrapping_add(at.end));
         }
     }
 }

@@ -169,6 +169,12 @@ pub fn registers(rng: &mut Rng, case: &mut Case) {
         1 => 0,
         _ => rng.next() as u8,
     };
+    // FOP has eleven bits; FIP and FDP are canonical.
+    area[area::FOP..][..2].copy_from_slice(&(rng.next() as u16 & 0x7ff).to_le_bytes());
+    for at in [area::FIP, area::FDP] {
+        let pointer = rng.next() as i64 >> rng.pick(&[16, 33]);
+        area[at..][..8].copy_from_slice(&pointer.to_le_bytes());
+    }
     for number in 0..8 {
         let value = if rng.chance(20) {
             // What an MMX instruction leaves.

@@ -240,6 +240,20 @@ fn x87_notes_the_guests_instruction_and_operand() {
 }
 
 #[test]
+fn fldenv_loads_any_opcode() {
+    let mut core = core();
+    core.regs[gpr::RBX] = 0x100;
+    let image: [u8; 28] = std::array::from_fn(|at| if at == 0 { 0x7f } else { 3 * u8::from(at == 1) });
+    core.store_bytes(0x100, &image).unwrap();
+    for opcode in 0..0x800u16 {
+        core.store(0x112u64, opcode).unwrap();
+        // FLDENV [RBX], whatever the host's own copy of it looks like.
+        run(&mut core, &[0xd9, 0x23]).unwrap();
+        assert_eq!(word(&core, 6), opcode);
+    }
+}
+
+#[test]
 fn mmx_shares_the_x87_registers() {
     let mut core = core();
     run(&mut core, &[0xd9, 0xe8]).unwrap();
@@ -346,6 +360,23 @@ fn masked_elements_beyond_a_32_bit_address_do_not_wrap() {
     // VMASKMOVPS XMM1, XMM2, [EDI]: the third of its elements alone.
     assert_eq!(faults(&mut core, &[0x67, 0xc4, 0xe2, 0x69, 0x2c, 0x0f]), 14);
     assert_eq!(core.raised.address, 0x1_0000_0000);
+}
+
+#[test]
+fn masked_bytes_wrap_and_all_must_be_canonical() {
+    let mut core = core();
+    core.regs[gpr::RDI] = 0xffff_fffe;
+    core.vector.ymm[0][..16].copy_from_slice(&[0x5a; 16]);
+    core.vector.ymm[1] = [0; 32];
+    core.vector.ymm[1][3] = 0x80;
+    // MASKMOVDQU XMM0, XMM1 through EDI: byte 3 alone, at address 1.
+    run(&mut core, &[0x67, 0x66, 0x0f, 0xf7, 0xc1]).unwrap();
+    assert_eq!(core.load::<u32>(0), Ok(0x5a00));
+    core.regs[gpr::RDI] = 0x7fff_ffff_fff8;
+    core.vector.ymm[1] = [0; 32];
+    assert_eq!(faults(&mut core, &[0x66, 0x0f, 0xf7, 0xc1]), 13);
+    core.regs[gpr::RDI] = 0x7fff_ffff_fff0;
+    run(&mut core, &[0x66, 0x0f, 0xf7, 0xc1]).unwrap();
 }
 
 #[test]
