@@ -58,7 +58,8 @@ impl Core {
             let top = if access & 1 << 14 != 0 { 0xffff_ffff } else { 0xffff };
             offset > limit && last <= top
         } else {
-            last <= limit
+            // Nothing is beyond 4 GiB: such accesses "may or may not" fault (Intel SDM 3A, "Limit Checking"), and do not.
+            last <= limit || limit == 0xffff_ffff
         };
         if allowed && inside && last >= offset {
             return Ok(register.base.wrapping_add(offset) & 0xffff_ffff);

@@ -232,6 +232,18 @@ impl Core {
         Ok(code)
     }
 
+    /// BOUND's lower (0) or upper (1) bound.
+    fn bound_at(&mut self, insn: &Insn, number: u64, narrow: bool) -> Exec<i32> {
+        let bytes = if narrow { 2 } else { 4 };
+        let offset = self.offset_of(insn).wrapping_add(bytes * number) & insn.address_mask();
+        let linear = self.segment_linear(insn.segment.into(), offset, bytes, false)?;
+        Ok(if narrow {
+            (self.load::<u16>(linear)? as i16).into()
+        } else {
+            self.load::<u32>(linear)? as i32
+        })
+    }
+
     /// Goes on at another, outer or equal privilege level, with the stack at `rsp`.
     pub(super) fn resume(&mut self, code: Segment, rip: u64, stack: Segment, rsp: u64) {
         let outer = rpl(code.selector) > self.cpl;
@@ -345,20 +357,16 @@ pub fn int1(core: &mut Core, _: &Insn) -> Exec {
     Ok(())
 }
 
-/// BOUND: `reg` is the index, memory holds the lower and the upper bound, all signed.
+/// BOUND: `reg` is the index, memory holds the lower and the upper bound, all signed. Below the lower one, the upper one is
+/// not read.
 pub fn bound(core: &mut Core, insn: &Insn) -> Exec {
-    let (index, lower, upper) = if insn.flags & OPERAND16 != 0 {
-        let linear = core.linear(insn, 4, false)?;
-        let bounds = core.load::<u32>(linear)?;
-        let index = core.read_reg::<u16>(insn.reg) as i16;
-        (index.into(), (bounds as i16).into(), ((bounds >> 16) as i16).into())
+    let narrow = insn.flags & OPERAND16 != 0;
+    let index = if narrow {
+        (core.read_reg::<u16>(insn.reg) as i16).into()
     } else {
-        let linear = core.linear(insn, 8, false)?;
-        let bounds = core.load::<u64>(linear)?;
-        let index = core.read_reg::<u32>(insn.reg) as i32;
-        (index, bounds as i32, (bounds >> 32) as i32)
+        core.read_reg::<u32>(insn.reg) as i32
     };
-    if index < lower || index > upper {
+    if index < core.bound_at(insn, 0, narrow)? || index > core.bound_at(insn, 1, narrow)? {
         return core.raise(vector::BR);
     }
     Ok(())
@@ -514,6 +522,13 @@ mod tests {
             assert_eq!(bound(&mut core, &insn()).is_ok(), inside, "{index}");
         }
         assert_eq!(core.raised.vector, vector::BR);
+        // The last bytes of the segment are a lower bound, and no upper one is there.
+        core.segments[seg::DS].limit = 3;
+        for (index, fault) in [(-11, vector::BR), (0, vector::GP)] {
+            core.regs[gpr::RAX] = index as u32 as u64;
+            assert!(bound(&mut core, &insn()).is_err());
+            assert_eq!(core.raised.vector, fault, "{index}");
+        }
     }
 
     #[test]

@@ -142,9 +142,16 @@ pub fn store_segment<D: WordPlace>(core: &mut Core, insn: &Insn) -> Exec {
     D::put_word(core, insn, selector.into())
 }
 
-/// PUSH of a segment register.
+/// PUSH of a segment register. In 32 bits only the selector is stored, as the page of PUSH says of recent processors.
 pub fn push_segment(core: &mut Core, insn: &Insn) -> Exec {
     let selector = core.segments[usize::from(insn.reg)].selector;
+    if core.stack_operand(insn) == 4 {
+        let rsp = core.stack_moved(-4);
+        let linear = core.stack_linear(rsp, 2, true)?;
+        core.store(linear, selector)?;
+        core.regs[gpr::RSP] = rsp;
+        return Ok(());
+    }
     let mut stack = Stack::current(core);
     stack.push(core, core.stack_operand(insn), selector.into())?;
     core.regs[gpr::RSP] = stack.rsp;
@@ -264,11 +271,12 @@ pub fn verw<D: Place>(core: &mut Core, insn: &Insn) -> Exec {
 pub fn arpl<D: Place>(core: &mut Core, insn: &Insn) -> Exec {
     core.require_protected()?;
     let wanted = core.read_reg::<u16>(insn.reg) & 3;
-    let raised = D::modify(core, insn, |selector: u16| {
-        let lower = selector & 3 < wanted;
-        (if lower { selector & !3 | wanted } else { selector }, lower)
-    })?;
-    core.set_zero_flag(raised);
+    let selector = D::read::<u16>(core, insn)?;
+    let lower = selector & 3 < wanted;
+    if lower {
+        D::write(core, insn, selector & !3 | wanted)?;
+    }
+    core.set_zero_flag(lower);
     Ok(())
 }
 
@@ -414,6 +422,16 @@ mod tests {
         assert!(ask(verw::<Rm>, USER_DATA).is_some());
         assert!(ask(verr::<Rm>, KERNEL_DATA).is_none());
         assert!(ask(verr::<Rm>, GATE).is_none());
+    }
+
+    #[test]
+    fn a_32_bit_push_stores_the_selector_alone() {
+        let mut core = protected(0);
+        core.store(0x7fcu64, 0x1234_5678u32).unwrap();
+        let mut insn = insn();
+        insn.reg = seg::DS as u8;
+        assert_eq!(push_segment(&mut core, &insn), Ok(()));
+        assert_eq!((core.regs[gpr::RSP], core.load::<u32>(0x7fc)), (0x7fc, Ok(0x1234_0010)));
     }
 
     #[test]

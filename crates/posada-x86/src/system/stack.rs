@@ -61,7 +61,7 @@ impl Stack {
         let inside = if segment.access & 4 != 0 {
             offset > limit && last <= top
         } else {
-            last <= limit
+            last <= limit || limit == 0xffff_ffff
         };
         if inside && (core.paragraphs() || segment.present()) {
             Ok(segment.base.wrapping_add(offset) & 0xffff_ffff)

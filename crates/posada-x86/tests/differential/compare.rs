@@ -17,7 +17,7 @@ const USER_END: u64 = 0x7fff_ffff_f000;
 /// The instruction of a case.
 pub fn decode(case: &Case) -> Instruction {
     let bytes = &case.code[..usize::from(case.length)];
-    Decoder::with_ip(64, bytes, case.state.rip, DecoderOptions::NONE).decode()
+    Decoder::with_ip(case.bits, bytes, case.state.rip, DecoderOptions::NONE).decode()
 }
 
 /// How a case ended, in words.
@@ -116,10 +116,7 @@ pub fn differences(case: &Case, native: &Outcome, guest: &Outcome) -> Vec<String
 fn registers(found: &mut Differences, undefined: &Undefined, native: &Outcome, guest: &Outcome) {
     let (native, guest) = (&native.state, &guest.state);
     for (number, name) in NAMES.iter().enumerate() {
-        let free = undefined
-            .register
-            .is_some_and(|register| register.full_register().number() == number);
-        if !free {
+        if undefined.registers >> number & 1 == 0 {
             let compared = !(undefined.upper_halves >> number & 1).wrapping_mul(0xffff_ffff << 32);
             found.number(name, native.gpr[number] & compared, guest.gpr[number] & compared);
         }
@@ -147,33 +144,35 @@ fn physical(area: &[u8], number: usize) -> String {
 fn vectors(found: &mut Differences, undefined: &Undefined, native: &Outcome, guest: &Outcome) {
     let (native, guest) = (&native.state, &guest.state);
     let word = |state: &State, at: usize| u64::from(u16::from_le_bytes([state.area[at], state.area[at + 1]]));
-    found.number("x87 control", word(native, area::FCW), word(guest, area::FCW));
-    let pointer = |state: &State, at: usize| u64::from_le_bytes(state.area[at..at + 8].try_into().unwrap());
-    found.number("x87 opcode", word(native, area::FOP), word(guest, area::FOP));
-    for (name, at) in [("x87 instruction pointer", area::FIP), ("x87 data pointer", area::FDP)] {
-        found.number(name, pointer(native, at), pointer(guest, at));
-    }
-    let status = if undefined.mmx_state { 0xc7ff } else { 0xffff };
-    found.number(
-        "x87 status",
-        word(native, area::FSW) & status,
-        word(guest, area::FSW) & status,
-    );
-    if !undefined.mmx_state {
+    if !undefined.x87 {
+        found.number("x87 control", word(native, area::FCW), word(guest, area::FCW));
+        let pointer = |state: &State, at: usize| u64::from_le_bytes(state.area[at..at + 8].try_into().unwrap());
+        found.number("x87 opcode", word(native, area::FOP), word(guest, area::FOP));
+        for (name, at) in [("x87 instruction pointer", area::FIP), ("x87 data pointer", area::FDP)] {
+            found.number(name, pointer(native, at), pointer(guest, at));
+        }
+        let status = if undefined.mmx_state { 0xc7ff } else { 0xffff };
         found.number(
-            "x87 tags",
-            word(native, area::FTW) & 0xff,
-            word(guest, area::FTW) & 0xff,
+            "x87 status",
+            word(native, area::FSW) & status,
+            word(guest, area::FSW) & status,
         );
-    }
-    for number in 0..8 {
-        let name = format!("x87 r{number}");
-        found.check(
-            &name,
-            physical(&native.area, number),
-            physical(&guest.area, number),
-            String::clone,
-        );
+        if !undefined.mmx_state {
+            found.number(
+                "x87 tags",
+                word(native, area::FTW) & 0xff,
+                word(guest, area::FTW) & 0xff,
+            );
+        }
+        for number in 0..8 {
+            let name = format!("x87 r{number}");
+            found.check(
+                &name,
+                physical(&native.area, number),
+                physical(&guest.area, number),
+                String::clone,
+            );
+        }
     }
     let compared = if undefined.mxcsr { !0x3f } else { !0 };
     found.number(

@@ -1,4 +1,4 @@
-//! Which instruction forms are tested: all that 64-bit user mode has with the features that the software CPU offers,
+//! Which instruction forms are tested: all that user mode has in 64-bit and compatibility mode with the features that the software CPU offers,
 //! less a table of exceptions with their reasons.
 
 use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind};
@@ -74,8 +74,8 @@ const SKIPPED: &[(&str, &[Mnemonic])] = {
         ("enters the kernel of the host", &[Syscall, Sysenter, Sysexit, Sysexitq, Sysret, Sysretq, Int, Int1, Int3, Into]),
         ("its value is the host's own", &[Rdtsc, Rdtscp, Rdpmc, Cpuid, Rdpid, Xgetbv, Rdrand, Rdseed]),
         ("reads the host's descriptor tables", &[Sgdt, Sidt, Sldt, Str, Smsw, Lar, Lsl, Verr, Verw]),
-        ("loads descriptors: the bare programs test it", &[Lds, Les, Lfs, Lgs, Lss, Iret, Iretd, Iretq, Retf]),
-        ("is no instruction of 64-bit mode on Intel's processors", &[Loadall, Umov]),
+        ("loads descriptors: the bare programs test it", &[Iret, Iretd, Iretq, Retf]),
+        ("is no instruction of Intel's processors today", &[Loadall, Umov]),
         ("privileged: the bare programs test it", &[Invpcid, Xsaves, Xsaves64, Xrstors, Xrstors64, Rsm, Xsetbv, Swapgs]),
     ]
 };
@@ -83,18 +83,33 @@ const SKIPPED: &[(&str, &[Mnemonic])] = {
 /// One instruction form.
 pub struct Form {
     pub code: Code,
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
     pub number: u32,
+}
+
+impl Form {
+    /// What it is called in reports.
+    pub fn name(&self) -> String {
+        format!("{:?}{}", self.code, if self.bits == 32 { "@32" } else { "" })
+    }
 }
 
 /// The forms to test and, with their reasons, those that a table leaves out.
 pub fn all() -> (Vec<Form>, Vec<(Code, &'static str)>) {
     let mut skipped = Vec::new();
     let mut forms = Vec::new();
-    for code in Code::values() {
+    for (bits, code) in [64, 32]
+        .into_iter()
+        .flat_map(|bits| Code::values().map(move |code| (bits, code)))
+    {
         let info = code.op_code();
+        let there = match bits {
+            32 => info.mode32() && info.intel_decoder32(),
+            _ => info.mode64() && info.intel_decoder64(),
+        };
         let user = info.is_instruction()
-            && info.mode64()
-            && info.intel_decoder64()
+            && there
             && info.decoder_option() == 0
             && matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
             && code.cpuid_features().iter().all(|feature| FEATURES.contains(feature));
@@ -118,7 +133,8 @@ pub fn all() -> (Vec<Form>, Vec<(Code, &'static str)>) {
             Some(reason) => skipped.push((code, reason)),
             None => forms.push(Form {
                 code,
-                number: code as u32,
+                bits,
+                number: code as u32 | (bits & 32) << 11,
             }),
         }
     }

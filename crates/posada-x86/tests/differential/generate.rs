@@ -18,9 +18,10 @@ const TRIES: usize = 16;
 
 /// The generator's tools, kept from case to case.
 pub struct Generator {
-    encoder: Encoder,
+    /// For 64-bit and compatibility mode.
+    encoders: [Encoder; 2],
     factory: InstructionInfoFactory,
-    tested: HashSet<Code>,
+    tested: HashSet<(u32, Code)>,
 }
 
 /// What is known while a case is being made.
@@ -50,6 +51,7 @@ pub fn operand_address(instruction: &Instruction, case: &Case) -> Option<u64> {
             let value = state.gpr[number];
             match register.size() {
                 1 => value & 0xff,
+                2 => value & 0xffff,
                 4 => value & 0xffff_ffff,
                 _ => value,
             }
@@ -70,9 +72,9 @@ fn operand_size(instruction: &Instruction, size: MemorySize) -> u64 {
 impl Generator {
     pub fn new(forms: &[Form]) -> Self {
         Self {
-            encoder: Encoder::new(64),
+            encoders: [64, 32].map(Encoder::new),
             factory: InstructionInfoFactory::new(),
-            tested: forms.iter().map(|form| form.code).collect(),
+            tested: forms.iter().map(|form| (form.bits, form.code)).collect(),
         }
     }
 
@@ -81,8 +83,12 @@ impl Generator {
         let mut rng = Rng::new(seed ^ u64::from(form.number) << 40);
         case.form = form.number;
         case.seed = seed;
+        case.bits = form.bits;
         case.patch_count = 0;
         values::registers(&mut rng, case);
+        if form.bits == 32 {
+            values::narrow(&mut case.state);
+        }
         let Some(instruction) = self.encode(&mut rng, form, case) else {
             return false;
         };
@@ -123,21 +129,22 @@ impl Generator {
             };
             let taken = if branch { rip - 32 - rng.below(64) } else { 0 };
             let target = operands::target(rng, 32);
-            let plan = Plan::new(rng, taken, target);
+            let plan = Plan::new(rng, form.bits, taken, target);
             let mut instruction = operands::build(rng, &plan, form.code)?;
-            self.encoder.set_prevent_vex2(rng.chance(50));
-            self.encoder.set_vex_wig(rng.below(2) as u32);
-            self.encoder.set_vex_lig(rng.below(2) as u32);
-            if self.encoder.encode(&instruction, rip).is_err() {
-                drop(self.encoder.take_buffer());
+            let encoder = &mut self.encoders[usize::from(form.bits == 32)];
+            encoder.set_prevent_vex2(rng.chance(50));
+            encoder.set_vex_wig(rng.below(2) as u32);
+            encoder.set_vex_lig(rng.below(2) as u32);
+            if encoder.encode(&instruction, rip).is_err() {
+                drop(encoder.take_buffer());
                 continue;
             }
-            let mut bytes = self.encoder.take_buffer();
+            let mut bytes = encoder.take_buffer();
             if rip + 1 == CODE + 2 * PAGE && bytes.len() == 1 {
                 continue;
             }
             if taken == 0 && rng.chance(15) {
-                instruction = self.with_prefix(rng, rip, &mut bytes).unwrap_or(instruction);
+                instruction = self.with_prefix(rng, form.bits, rip, &mut bytes).unwrap_or(instruction);
             }
             instruction.set_len(bytes.len());
             instruction.set_ip(rip);
@@ -155,17 +162,17 @@ impl Generator {
 impl Generator {
     /// Puts prefixes that the instruction has no need of before it, as long as what comes out is a form that is tested,
     /// or none at all. A REX prefix that a legacy prefix follows counts for nothing.
-    fn with_prefix(&self, rng: &mut Rng, rip: u64, bytes: &mut Vec<u8>) -> Option<Instruction> {
+    fn with_prefix(&self, rng: &mut Rng, bits: u32, rip: u64, bytes: &mut Vec<u8>) -> Option<Instruction> {
         const LEGACY: [u8; 11] = [0x66, 0x67, 0xf2, 0xf3, 0xf0, 0x26, 0x2e, 0x36, 0x3e, 0x64, 0x65];
         let mut longer = vec![rng.pick(&LEGACY)];
         match rng.below(4) {
             0 => longer.push(rng.pick(&LEGACY)),
-            1 => longer.insert(0, 0x40 | rng.below(16) as u8),
+            1 if bits == 64 => longer.insert(0, 0x40 | rng.below(16) as u8),
             _ => {}
         }
         longer.extend_from_slice(bytes);
-        let made = Decoder::with_ip(64, &longer, rip, DecoderOptions::NONE).decode();
-        let known = made.len() == longer.len() && self.tested.contains(&made.code());
+        let made = Decoder::with_ip(bits, &longer, rip, DecoderOptions::NONE).decode();
+        let known = made.len() == longer.len() && self.tested.contains(&(bits, made.code()));
         let none = made.is_invalid() && longer.len() <= 15;
         (known || none).then(|| {
             *bytes = longer;
@@ -181,7 +188,7 @@ impl Draft<'_> {
 
     fn set(&mut self, register: usize, value: u64) {
         if !self.is_pinned(register) {
-            self.case.state.gpr[register] = value;
+            self.case.state.gpr[register] = value & self.case.register_mask();
             self.pinned |= 1 << register;
         }
     }
@@ -228,11 +235,14 @@ impl Draft<'_> {
             Some(base) if number(used.index()) == Some(base) => {
                 // Base and index are one: exact only where the sum divides.
                 let whole = target.wrapping_sub(segment).wrapping_sub(used.displacement()) as i64;
-                self.case.state.gpr[base] = (whole / (1 + used.scale() as i64)) as u64;
+                let part = (whole / (1 + used.scale() as i64)) as u64;
+                self.case.state.gpr[base] = part & self.case.register_mask();
             }
             Some(base) => {
-                if used.base().size() == 4 {
-                    rest = rest & 0xffff_ffff | self.rng.next() << 32;
+                match used.base().size() {
+                    2 => rest = rest & 0xffff | self.rng.next() << 16,
+                    4 => rest = rest & 0xffff_ffff | self.rng.next() << 32,
+                    _ => {}
                 }
                 self.set(base, rest);
             }
@@ -420,7 +430,7 @@ impl Draft<'_> {
                     self.set(rcx, count);
                 }
             }
-            Mnemonic::Popf | Mnemonic::Popfq => {
+            Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq => {
                 // No single-stepping: it would stop in the exit.
                 let stack = self.case.state.gpr[4];
                 let flags = (self.rng.next() & !0x4_0100).to_le_bytes();
@@ -462,6 +472,13 @@ impl Draft<'_> {
                 match number(self.instruction.op1_register()) {
                     Some(register) => self.set(register, selector),
                     None => self.patch_operand(&selector.to_le_bytes()[..2]),
+                }
+            }
+            Mnemonic::Lds | Mnemonic::Les | Mnemonic::Lfs | Mnemonic::Lgs | Mnemonic::Lss => {
+                let selector = self.selector().to_le_bytes();
+                if let Some(address) = operand_address(&self.instruction, self.case) {
+                    let offset = self.instruction.op0_register().size() as u64;
+                    self.case.patch(address.wrapping_add(offset), &selector[..2]);
                 }
             }
             Mnemonic::Pop if self.instruction.op0_register().is_segment_register() => {

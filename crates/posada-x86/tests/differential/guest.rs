@@ -1,6 +1,7 @@
-//! The software CPU with the same two windows: 64-bit mode at privilege level 3, as the child process has it.
+//! The software CPU with the same two windows: 64-bit or compatibility mode at privilege level 3, as the child process has
+//! it.
 
-use crate::layout::{CODE, CODE_PAGES, DATA, DATA_PAGES, Memory, PAGE};
+use crate::layout::{CODE, CODE_32, CODE_64, CODE_PAGES, DATA, DATA_PAGES, FLAT_DATA, Memory, PAGE};
 use crate::state::{Case, End, Outcome, area};
 use posada_engine::{DescriptorTable, Machine, Segment};
 use posada_memory::GuestRam;
@@ -106,25 +107,23 @@ impl Guest {
         core.regs[..16].copy_from_slice(&state.gpr);
         core.set_rip(state.rip);
         core.set_rflags(state.rflags);
+        let flat = |selector, access| Segment {
+            selector,
+            base: 0,
+            limit: u32::MAX,
+            access,
+        };
+        // MOV and PUSH show the selectors.
         core.segments = Default::default();
+        core.segments[seg::CS] = flat(CODE_64, 0xa0fb);
+        if case.bits == 32 {
+            core.segments = [flat(FLAT_DATA, 0xc0f3); 6];
+            core.segments[seg::CS] = flat(CODE_32, 0xc0fb);
+        }
+        core.segments[seg::SS] = flat(FLAT_DATA, 0xc0f3);
         for (segment, base) in [(seg::FS, state.fs_base), (seg::GS, state.gs_base)] {
             core.segments[segment].base = base;
         }
-        // The selectors that Linux gives a 64-bit process: MOV and PUSH show them.
-        let flat = Segment {
-            limit: u32::MAX,
-            ..Segment::default()
-        };
-        core.segments[seg::CS] = Segment {
-            selector: 0x33,
-            access: 0xa0fb,
-            ..flat
-        };
-        core.segments[seg::SS] = Segment {
-            selector: 0x2b,
-            access: 0xc0f3,
-            ..flat
-        };
         core.vector.fx[..area::XMM].copy_from_slice(&state.area[..area::XMM]);
         core.vector.fx[24..32].fill(0);
         core.vector.mxcsr = state.mxcsr();

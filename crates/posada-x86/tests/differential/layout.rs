@@ -24,8 +24,15 @@ pub const DATA_PAGES: [(u64, bool); 4] = [(1, true), (2, true), (3, false), (5, 
 
 /// What is in the code pages where no case is: HLT, which in user mode is #GP(0) on both sides.
 const FILLER: u8 = 0xf4;
-/// Bytes of an exit: `jmp [address]`.
+/// Bytes of an exit: a jump through memory, or far out of compatibility mode.
 pub const EXIT: u64 = 7;
+/// Where such far jumps lead: exits again, that of 64-bit mode.
+pub const GATES: u64 = CODE + 0x3d;
+
+/// The selectors that Linux gives user mode.
+pub const CODE_64: u16 = 0x33;
+pub const CODE_32: u16 = 0x23;
+pub const FLAT_DATA: u16 = 0x2b;
 
 /// The backing memory of both windows.
 pub struct Memory {
@@ -70,12 +77,21 @@ impl Memory {
                 .copy_from_nonoverlapping(pool.as_ptr(), pool.len());
             code.write_bytes(FILLER, CODE_PAGES * PAGE as usize);
         }
-        Self {
+        let mut memory = Self {
             data,
             code,
             pool,
             written: [(0, 0); 3],
+        };
+        for exit in 0..2 {
+            memory.put_code(
+                0,
+                GATES + exit * EXIT,
+                &crate::trampoline::exit_bytes(exit as usize, 64),
+            );
         }
+        memory.written = [(0, 0); 3];
+        memory
     }
 
     fn put_code(&mut self, slot: usize, address: u64, bytes: &[u8]) {
@@ -100,7 +116,7 @@ impl Memory {
         let code = &case.code[..usize::from(case.length)];
         self.put_code(0, case.state.rip, code);
         for (slot, address) in case.exits().enumerate() {
-            self.put_code(1 + slot, address, &crate::trampoline::exit_bytes(slot));
+            self.put_code(1 + slot, address, &crate::trampoline::exit_bytes(slot, case.bits));
         }
         let mut from = 0;
         for patch in &case.patches[..usize::from(case.patch_count)] {

@@ -1,8 +1,9 @@
-//! Differential instruction test: every user-mode instruction form, with random operands, registers, flags and memory, on
+//! Differential instruction test: every user-mode instruction form of 64-bit and compatibility mode, with random operands, registers, flags and memory, on
 //! the real CPU ([`native`]) and on the software CPU ([`guest`]); then everything that an instruction can change is
 //! compared ([`compare`]).
 //!
-//! A case is a function of its form and seed ([`generate`]); a mismatch prints both, and the quick run replays it:
+//! A case is a function of its form and seed ([`generate`]); a mismatch prints both, and the quick run replays it (forms of
+//! compatibility mode end in `@32`):
 //! `POSADA_FORM=Add_rm32_r32 POSADA_SEED=7 cargo test -p posada-x86 differential -- --nocapture`.
 //! `POSADA_SHOW=N` describes more than one mismatch of a form; a form without a seed runs many of its cases.
 
@@ -43,7 +44,7 @@ fn differential_quick() {
     for index in 0..runner.forms.len() {
         match &wanted {
             None => runner.batch(index, seed.unwrap_or(0), QUICK),
-            Some(name) if *name == format!("{:?}", runner.forms[index].code) => {
+            Some(name) if *name == runner.forms[index].name() => {
                 let count = if seed.is_some() { 1 } else { native::BATCH };
                 runner.batch(index, seed.unwrap_or(0), count);
             }
@@ -80,7 +81,7 @@ fn the_cpu_repeats_itself() {
     let mut retired = 0;
     for form in &forms {
         for (case, seed) in native.cases()[..64].iter_mut().zip(0..) {
-            assert!(generator.make(form, seed, case), "{:?} cannot be encoded", form.code);
+            assert!(generator.make(form, seed, case), "{} cannot be encoded", form.name());
         }
         let first = native.run(64).1.to_vec();
         let (cases, second) = native.run(64);
@@ -88,15 +89,15 @@ fn the_cpu_repeats_itself() {
             assert_ne!(
                 first.end,
                 state::End::Died,
-                "{:?} kills the child, seed {}",
-                form.code,
+                "{} kills the child, seed {}",
+                form.name(),
                 case.seed
             );
             let differences = compare::differences(case, first, second);
             assert!(
                 differences.is_empty(),
-                "{:?}, seed {}: {differences:?}",
-                form.code,
+                "{}, seed {}: {differences:?}",
+                form.name(),
                 case.seed
             );
             retired += u32::from(first.end == state::End::Retired);

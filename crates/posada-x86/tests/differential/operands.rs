@@ -4,6 +4,11 @@ use crate::layout::{CODE, DATA, PAGE};
 use crate::rng::Rng;
 use iced_x86::{Code, CodeSize, Instruction, OpCodeOperandKind, OpKind, Register};
 
+/// Registers of a kind, but MMX's.
+fn registers(bits: u32) -> u64 {
+    if bits == 32 { 8 } else { 16 }
+}
+
 fn numbered(first: Register, number: u64) -> Register {
     Register::try_from(first as usize + number as usize).unwrap()
 }
@@ -22,7 +27,9 @@ pub fn general(size: usize, number: u64) -> Register {
 pub struct Plan {
     /// Take the memory form where there is a choice.
     memory: bool,
-    /// Address size in bytes, 4 or 8.
+    /// 64, or 32 for compatibility mode.
+    bits: u32,
+    /// Address size in bytes: 4 or 8, in compatibility mode 2 or 4.
     address_size: usize,
     /// Where a branch goes.
     taken: u64,
@@ -31,10 +38,12 @@ pub struct Plan {
 }
 
 impl Plan {
-    pub fn new(rng: &mut Rng, taken: u64, target: u64) -> Self {
+    pub fn new(rng: &mut Rng, bits: u32, taken: u64, target: u64) -> Self {
+        let size = bits as usize / 8;
         Self {
+            bits,
             memory: rng.chance(60),
-            address_size: if rng.chance(12) { 4 } else { 8 },
+            address_size: if rng.chance(12) { size / 2 } else { size },
             taken,
             target,
         }
@@ -45,7 +54,10 @@ fn memory(rng: &mut Rng, plan: &Plan, instruction: &mut Instruction, index: Opti
     let size = plan.address_size;
     let vector = index.is_some();
     let shape = if vector { 2 + rng.below(2) } else { rng.below(10) };
-    if shape == 0 {
+    if size == 2 {
+        return memory16(rng, instruction);
+    }
+    if shape == 0 && plan.bits == 64 {
         // RIP-relative: the encoder wants the target.
         instruction.set_memory_base(if size == 8 { Register::RIP } else { Register::EIP });
         instruction.set_memory_displ_size(size as u32);
@@ -61,7 +73,7 @@ fn memory(rng: &mut Rng, plan: &Plan, instruction: &mut Instruction, index: Opti
     if shape == 1 {
         displacement = plan.target as i32 as i64;
     } else {
-        let base = general(size, rng.below(16));
+        let base = general(size, rng.below(registers(plan.bits)));
         instruction.set_memory_base(base);
         let pinned = [
             Register::RSP,
@@ -75,7 +87,10 @@ fn memory(rng: &mut Rng, plan: &Plan, instruction: &mut Instruction, index: Opti
         }
     }
     if vector || shape > 5 {
-        let index = index.unwrap_or_else(|| general(size, (5 + rng.below(15)) % 16));
+        let index = index.unwrap_or_else(|| {
+            let count = registers(plan.bits);
+            general(size, (5 + rng.below(count - 1)) % count)
+        });
         instruction.set_memory_index(index);
         instruction.set_memory_index_scale(1 << rng.below(4));
     }
@@ -91,18 +106,48 @@ fn memory(rng: &mut Rng, plan: &Plan, instruction: &mut Instruction, index: Opti
     });
 }
 
+/// 16-bit addressing: one of eight sums, none of which reaches the windows.
+fn memory16(rng: &mut Rng, instruction: &mut Instruction) {
+    use Register::{BP, BX, DI, None, SI};
+    let (base, index) = rng.pick(&[
+        (BX, SI),
+        (BX, DI),
+        (BP, SI),
+        (BP, DI),
+        (SI, None),
+        (DI, None),
+        (BP, None),
+        (BX, None),
+        (None, None),
+    ]);
+    instruction.set_memory_base(base);
+    instruction.set_memory_index(index);
+    let (size, displacement) = match rng.below(3) {
+        _ if base == None => (2, rng.next() as u16),
+        0 => (0, 0),
+        1 => (1, rng.next() as i8 as u16),
+        _ => (2, rng.next() as u16),
+    };
+    instruction.set_memory_displ_size(size);
+    instruction.set_memory_displacement64(displacement.into());
+}
+
 fn immediate(instruction: &mut Instruction, operand: u32, kind: OpKind, value: u64) {
     instruction.set_op_kind(operand, kind);
     instruction.set_immediate_u64(operand, value);
 }
 
-/// Makes one; `None` for operands that user mode in 64 bits has not.
+/// Makes one; `None` for operands that user mode has not.
 pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
     use OpCodeOperandKind as K;
     let info = code.op_code();
     let mut made = Instruction::new();
     made.set_code(code);
-    made.set_code_size(CodeSize::Code64);
+    made.set_code_size(if plan.bits == 32 {
+        CodeSize::Code32
+    } else {
+        CodeSize::Code64
+    });
     let mut immediates = 0;
     for (operand, &kind) in (0..).zip(info.op_kinds()) {
         let reg = |made: &mut Instruction, register| {
@@ -113,14 +158,13 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
         if rng.chance(30) {
             byte_value &= 0x1f;
         }
-        let number = rng.below(16);
+        let number = rng.below(registers(plan.bits));
         match kind {
             K::mem | K::mem_offs => {
                 made.set_op_kind(operand, OpKind::Memory);
                 if kind == K::mem_offs {
                     made.set_memory_displ_size(plan.address_size as u32);
-                    let mask = if plan.address_size == 4 { 0xffff_ffff } else { u64::MAX };
-                    made.set_memory_displacement64(plan.target & mask);
+                    made.set_memory_displacement64(plan.target & u64::MAX >> (64 - 8 * plan.address_size));
                 } else {
                     memory(rng, plan, &mut made, None);
                 }
@@ -146,7 +190,10 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
                 memory(rng, plan, &mut made, None);
             }
             // AL..R15L are the last 16 of 20 byte registers; the first eight of all are AL..BH.
-            K::r8_or_mem | K::r8_reg | K::r8_opcode => reg(&mut made, numbered(Register::AL, rng.below(20))),
+            K::r8_or_mem | K::r8_reg | K::r8_opcode => {
+                let count = if plan.bits == 32 { 8 } else { 20 };
+                reg(&mut made, numbered(Register::AL, rng.below(count)));
+            }
             K::r16_or_mem | K::r16_reg | K::r16_reg_mem | K::r16_rm | K::r16_opcode => {
                 reg(&mut made, general(2, number))
             }
@@ -208,36 +255,40 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
             K::imm64 => immediate(&mut made, operand, OpKind::Immediate64, rng.integer()),
             K::seg_rSI => made.set_op_kind(
                 operand,
-                if plan.address_size == 4 {
-                    OpKind::MemorySegESI
-                } else {
-                    OpKind::MemorySegRSI
+                match plan.address_size {
+                    2 => OpKind::MemorySegSI,
+                    4 => OpKind::MemorySegESI,
+                    _ => OpKind::MemorySegRSI,
                 },
             ),
             K::es_rDI => made.set_op_kind(
                 operand,
-                if plan.address_size == 4 {
-                    OpKind::MemoryESEDI
-                } else {
-                    OpKind::MemoryESRDI
+                match plan.address_size {
+                    2 => OpKind::MemoryESDI,
+                    4 => OpKind::MemoryESEDI,
+                    _ => OpKind::MemoryESRDI,
                 },
             ),
             K::seg_rDI => made.set_op_kind(
                 operand,
-                if plan.address_size == 4 {
-                    OpKind::MemorySegEDI
-                } else {
-                    OpKind::MemorySegRDI
+                match plan.address_size {
+                    2 => OpKind::MemorySegDI,
+                    4 => OpKind::MemorySegEDI,
+                    _ => OpKind::MemorySegRDI,
                 },
             ),
             K::seg_rBX_al => {
                 made.set_op_kind(operand, OpKind::Memory);
-                made.set_memory_base(if plan.address_size == 4 {
-                    Register::EBX
-                } else {
-                    Register::RBX
-                });
+                made.set_memory_base(general(plan.address_size, 3));
                 made.set_memory_index(Register::AL);
+            }
+            K::br16_1 | K::br16_2 => {
+                made.set_op_kind(operand, OpKind::NearBranch16);
+                made.set_near_branch16(plan.taken as u16);
+            }
+            K::br32_1 | K::br32_4 => {
+                made.set_op_kind(operand, OpKind::NearBranch32);
+                made.set_near_branch32(plan.taken as u32);
             }
             K::br64_1 | K::br64_4 => {
                 made.set_op_kind(operand, OpKind::NearBranch64);

@@ -56,8 +56,8 @@ impl Runner {
         for (case, seed) in cases[..count].iter_mut().zip(seed..) {
             assert!(
                 self.generator.make(form, seed, case),
-                "{:?} cannot be encoded",
-                form.code
+                "{} cannot be encoded",
+                form.name()
             );
         }
         let (cases, outcomes) = self.native.run(count);
@@ -80,12 +80,9 @@ impl Runner {
             entry.count += 1;
             entry.unknown &= self.outcome.vector == 6 && native.vector != 6;
             if entry.shown.len() < self.show {
-                entry.shown.push(compare::describe(
-                    case,
-                    native,
-                    &format!("{:?}", form.code),
-                    &differences,
-                ));
+                entry
+                    .shown
+                    .push(compare::describe(case, native, &form.name(), &differences));
             }
         }
     }

@@ -79,6 +79,8 @@ pub struct Case {
     /// Number of the form, and the seed: together they make this case again.
     pub form: u32,
     pub seed: u64,
+    /// 64, or 32 for compatibility mode.
+    pub bits: u32,
     pub code: [u8; 15],
     pub length: u8,
     /// Where a branch should land, if the instruction is one.
@@ -93,6 +95,7 @@ impl Case {
         state: State::ZERO,
         form: 0,
         seed: 0,
+        bits: 64,
         code: [0; 15],
         length: 0,
         taken: 0,
@@ -105,6 +108,11 @@ impl Case {
     pub fn exits(&self) -> impl Iterator<Item = u64> + Clone + use<> {
         let next = self.state.rip + u64::from(self.length);
         std::iter::once(next).chain((self.taken != 0).then_some(self.taken))
+    }
+
+    /// The bits that a general register has.
+    pub fn register_mask(&self) -> u64 {
+        u64::MAX >> (64 - self.bits)
     }
 
     /// Adds bytes to the data window; without room for them, does nothing.

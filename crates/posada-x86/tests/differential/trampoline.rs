@@ -4,7 +4,7 @@
 //! IRETQ loads RIP, RSP and RFLAGS at once and serializes, as execution of bytes just written needs (Intel SDM 3A,
 //! "Serializing Instructions").
 
-use crate::layout::{CODE, CODE_PAGES, EXIT, PAGE};
+use crate::layout::{CODE, CODE_32, CODE_64, CODE_PAGES, EXIT, FLAT_DATA, GATES, PAGE};
 use crate::state::{End, Outcome, State, area};
 use std::arch::{asm, global_asm};
 use std::mem::offset_of;
@@ -29,6 +29,8 @@ pub struct Context {
     host_fs: u64,
     host_gs: u64,
     mxcsr: u32,
+    /// Selector of the data segments.
+    data: u32,
     /// A case runs: signals are its own.
     running: u32,
     vector: u32,
@@ -39,8 +41,13 @@ pub struct Context {
 
 const SIGNAL: u64 = 2;
 
-/// Code of exit 0 (the next instruction) or 1 (the branch target).
-pub fn exit_bytes(exit: usize) -> [u8; EXIT as usize] {
+/// Code of exit 0 (the next instruction) or 1 (the branch target), for code of 64 or 32 bits.
+pub fn exit_bytes(exit: usize, bits: u32) -> [u8; EXIT as usize] {
+    if bits == 32 {
+        let [a, b, c, d] = (GATES as u32 + (exit as u64 * EXIT) as u32).to_le_bytes();
+        let [e, f] = CODE_64.to_le_bytes();
+        return [0xea, a, b, c, d, e, f];
+    }
     let slot = (CONTEXT as usize + offset_of!(Context, exits) + 8 * exit) as u32;
     let [a, b, c, d] = slot.to_le_bytes();
     [0xff, 0x24, 0x25, a, b, c, d]
@@ -77,7 +84,7 @@ global_asm!(
     "push r14",
     "push r15",
     "mov [{context} + {host_rsp}], rsp",
-    "xor eax, eax",
+    "mov eax, [{context} + {data}]",
     "mov es, eax",
     "mov ds, eax",
     "mov fs, eax",
@@ -157,6 +164,7 @@ global_asm!(
     host_fs = const offset_of!(Context, host_fs),
     host_gs = const offset_of!(Context, host_gs),
     mxcsr = const offset_of!(Context, mxcsr),
+    data = const offset_of!(Context, data),
     running = const offset_of!(Context, running),
     gpr = const offset_of!(State, gpr),
     rflags = const offset_of!(State, rflags),
@@ -231,13 +239,11 @@ pub unsafe fn install() {
         posada_differential_exit1 as *const () as u64,
     ];
     context.mxcsr = 0x1f80;
-    let (code, stack): (u64, u64);
     // SAFETY: reads registers; the kernel lets user mode use the FSGSBASE instructions (checked by the parent).
     unsafe {
-        asm!("mov {}, cs", "mov {}, ss", out(reg) code, out(reg) stack);
         asm!("rdfsbase {}", "rdgsbase {}", out(reg) context.host_fs, out(reg) context.host_gs);
     }
-    context.frame = [0, code, 0, 0, stack];
+    context.frame[4] = FLAT_DATA.into();
     // SAFETY: plain system calls on memory of our own.
     unsafe {
         let alternate = libc::stack_t {
@@ -263,7 +269,10 @@ pub unsafe fn run(case: &crate::state::Case, outcome: &mut Outcome) {
     // SAFETY: as in `install`.
     let context = unsafe { &mut *context() };
     context.input = case.state;
+    let compatibility = case.bits == 32;
+    context.data = if compatibility { FLAT_DATA.into() } else { 0 };
     context.frame[0] = case.state.rip;
+    context.frame[1] = if compatibility { CODE_32 } else { CODE_64 }.into();
     context.frame[2] = case.state.rflags;
     context.frame[3] = case.state.gpr[4];
     // SAFETY: the caller vouches for code and handlers; the function keeps the C calling convention.

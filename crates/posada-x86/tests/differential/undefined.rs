@@ -16,12 +16,14 @@ const ARITHMETIC: u64 = 0x8d5;
 pub struct Undefined {
     /// RFLAGS bits.
     pub flags: u64,
-    /// A general register whose value is undefined.
-    pub register: Option<Register>,
+    /// One bit for each general register whose value is.
+    pub registers: u16,
     /// One bit for each general register whose upper 32 bits are.
     pub upper_halves: u64,
     /// The x87 unit's TOP and tags.
     pub mmx_state: bool,
+    /// All of the x87 unit.
+    pub x87: bool,
     /// One bit for each vector register.
     pub vectors: u16,
     /// MXCSR's flags.
@@ -54,6 +56,10 @@ fn count(instruction: &Instruction, case: &Case) -> (u64, u64) {
         _ => 64,
     };
     (count & if bits == 64 { 63 } else { 31 }, bits)
+}
+
+fn bit(register: Register) -> u16 {
+    1 << register.full_register().number()
 }
 
 fn table(instruction: &Instruction) -> u64 {
@@ -106,7 +112,7 @@ pub fn of(instruction: &Instruction, case: &Case) -> Undefined {
             }
         }
         // "BSF", "BSR": the destination is undefined if the source is 0.
-        Mnemonic::Bsf | Mnemonic::Bsr => undefined.register = Some(instruction.op0_register()),
+        Mnemonic::Bsf | Mnemonic::Bsr => undefined.registers = bit(instruction.op0_register()),
         _ => {}
     }
     if instruction.is_string_instruction() && case.state.gpr[1] as u32 == 0 {
@@ -136,6 +142,13 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
     undefined.narrow = narrow || registers.iter().any(|register| register.size() == 4);
     // MMX instructions may have entered MMX state, that is, set TOP to 0 and all tags.
     undefined.mmx_state = operands().any(|operand| instruction.op_register(operand).is_mm());
+    // What an unmasked numeric exception keeps from being stored may fault or not.
+    if matches!(
+        instruction.mnemonic(),
+        M::Fst | M::Fstp | M::Fist | M::Fistp | M::Fisttp | M::Fbstp
+    ) {
+        undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
+    }
     let mut parts = 0;
     match instruction.mnemonic() {
         // An indirect CALL stores the return address, and then finds that its target is not canonical.
@@ -144,21 +157,23 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
             let stack = case.state.gpr[4];
             undefined.memory.push(stack.wrapping_sub(8)..stack);
         }
-        // The rounding to decimal digits may be noted before the store is tried.
-        M::Fbstp => {
-            undefined.numeric_first = case.state.area[area::FCW] & 0x3f != 0x3f;
-            parts = 10;
-        }
+        // What was popped before the fault may be in its registers.
+        M::Popa | M::Popad => undefined.registers = 0xff & !(1 << 4),
         M::Fldenv => parts = 28,
         M::Fnstenv => parts = 28,
         M::Fnsave | M::Frstor => parts = 108,
         // Ten bytes are eight and two.
-        M::Fstp | M::Fld | M::Fbld if instruction.memory_size().size() == 10 => parts = 10,
+        M::Fstp | M::Fbstp | M::Fld | M::Fbld if instruction.memory_size().size() == 10 => parts = 10,
         M::Fxsave | M::Fxsave64 => parts = 512,
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => parts = area::SIZE as u64,
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => parts = 32,
         M::Fxrstor | M::Fxrstor64 => parts = 512,
-        M::Xrstor | M::Xrstor64 => parts = area::SIZE as u64,
+        // Components that come before one that faults, or before a bad MXCSR, may be loaded.
+        M::Xrstor | M::Xrstor64 => {
+            parts = area::SIZE as u64;
+            undefined.vectors = u16::MAX;
+            undefined.x87 = true;
+        }
         // The bytes are stored one by one, at RDI. Faults with a mask of zeros are left to the processor ("MASKMOVDQU"),
         // and so are those at bytes that the mask leaves out.
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
@@ -167,11 +182,12 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
                 Register::GS => case.state.gs_base,
                 _ => 0,
             };
-            let offset = if narrow {
-                case.state.gpr[7] & 0xffff_ffff
-            } else {
-                case.state.gpr[7]
+            let mask = match instruction.op0_kind() {
+                OpKind::MemorySegDI => 0xffff,
+                OpKind::MemorySegEDI => 0xffff_ffff,
+                _ => u64::MAX,
             };
+            let offset = case.state.gpr[7] & mask;
             let address = segment.wrapping_add(offset);
             undefined.parts = Some((address, 16));
             undefined.optional = true;
@@ -204,7 +220,7 @@ impl Undefined {
     fn destination(&mut self, instruction: &Instruction, case: &Case, length: u64) {
         match crate::generate::operand_address(instruction, case) {
             Some(address) => self.memory.push(address..address.wrapping_add(length)),
-            None => self.register = Some(instruction.op0_register()),
+            None => self.registers = bit(instruction.op0_register()),
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Random registers: general, vector, x87.
 
 use crate::rng::Rng;
-use crate::state::{Case, area};
+use crate::state::{Case, State, area};
 
 /// Bits of floating-point values at the edges, single and double.
 const SINGLES: [u32; 14] = [
@@ -134,6 +134,15 @@ pub fn mxcsr(rng: &mut Rng) -> u32 {
     let modes = if rng.chance(40) { rng.next() as u32 & 0xe040 } else { 0 };
     let raised = if rng.chance(50) { rng.next() as u32 & 0x3f } else { 0 };
     masks | modes | raised
+}
+
+/// Leaves what compatibility mode sees of the registers.
+pub fn narrow(state: &mut State) {
+    for register in &mut state.gpr[..8] {
+        *register &= 0xffff_ffff;
+    }
+    // Segments are flat.
+    (state.fs_base, state.gs_base) = (0, 0);
 }
 
 /// Fills a case's registers, flags, and vector and x87 state.
