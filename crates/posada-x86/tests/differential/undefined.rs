@@ -159,6 +159,8 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
         }
         // What was popped before the fault may be in its registers.
         M::Popa | M::Popad => undefined.registers = 0xff & !(1 << 4),
+        // A far pointer is an offset and a selector.
+        M::Lss | M::Lfs | M::Lgs | M::Lds | M::Les => parts = instruction.memory_size().size() as u64,
         M::Fldenv => parts = 28,
         M::Fnstenv => parts = 28,
         M::Fnsave | M::Frstor => parts = 108,
