@@ -1,7 +1,7 @@
 //! Far jumps, calls and returns, and the instructions that raise interrupts (Intel SDM 3A, section 5.8).
 
 use super::descriptor::{Rights, canonical, code_of, is_null, null_segment, rpl};
-use super::segments::{far_pointer, operand_bytes};
+use super::segments::{far_pointer, load_part, operand_bytes};
 use super::stack::Stack;
 use crate::core::{Core, flag, gpr, seg};
 use crate::fault::{Exception, Exec, vector};
@@ -235,13 +235,8 @@ impl Core {
     /// BOUND's lower (0) or upper (1) bound.
     fn bound_at(&mut self, insn: &Insn, number: u64, narrow: bool) -> Exec<i32> {
         let bytes = if narrow { 2 } else { 4 };
-        let offset = self.offset_of(insn).wrapping_add(bytes * number) & insn.address_mask();
-        let linear = self.segment_linear(insn.segment.into(), offset, bytes, false)?;
-        Ok(if narrow {
-            (self.load::<u16>(linear)? as i16).into()
-        } else {
-            self.load::<u32>(linear)? as i32
-        })
+        let bound = load_part(self, insn, bytes * number, bytes)?;
+        Ok(if narrow { (bound as i16).into() } else { bound as i32 })
     }
 
     /// Goes on at another, outer or equal privilege level, with the stack at `rsp`.

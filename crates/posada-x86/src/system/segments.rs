@@ -181,16 +181,23 @@ pub fn load_far_pointer(core: &mut Core, insn: &Insn) -> Exec {
     Ok(())
 }
 
-/// A far pointer in memory: its offset, of the operand's size, then its selector.
+/// A far pointer in memory: its offset, of the operand's size, then its selector, which is an access of its own.
 pub(super) fn far_pointer(core: &mut Core, insn: &Insn) -> Exec<(u64, u16)> {
     let bytes = operand_bytes(insn);
-    let linear = core.linear(insn, bytes + 2, false)?;
-    let mut data = [0; 10];
-    core.load_bytes(linear, &mut data[..bytes as usize + 2])?;
-    let mut offset = [0; 8];
-    offset[..bytes as usize].copy_from_slice(&data[..bytes as usize]);
-    let at = bytes as usize;
-    Ok((u64::from_le_bytes(offset), u16::from_le_bytes([data[at], data[at + 1]])))
+    let offset = load_part(core, insn, 0, bytes)?;
+    let selector = load_part(core, insn, bytes, 2)?;
+    Ok((offset, selector as u16))
+}
+
+/// Loads 2, 4 or 8 bytes at a distance from the start of the memory operand.
+pub(super) fn load_part(core: &mut Core, insn: &Insn, distance: u64, bytes: u64) -> Exec<u64> {
+    let offset = core.offset_of(insn).wrapping_add(distance) & insn.address_mask();
+    let linear = core.segment_linear(insn.segment.into(), offset, bytes, false)?;
+    match bytes {
+        2 => core.load::<u16>(linear).map(u64::from),
+        4 => core.load::<u32>(linear).map(u64::from),
+        _ => core.load(linear),
+    }
 }
 
 /// The operand size attribute, in bytes.
@@ -383,6 +390,26 @@ mod tests {
             (core.regs[gpr::RAX], core.segments[seg::GS].selector),
             (0x1122_3344, USER_DATA)
         );
+    }
+
+    #[test]
+    fn a_far_pointers_offset_is_read_first() {
+        let mut core = long();
+        core.regs[gpr::RBX] = 0x7fff_ffff_fffc;
+        let mut insn = insn();
+        insn.base = gpr::RBX as u8 * 8;
+        assert!(load_far_pointer(&mut core, &insn).is_err());
+        assert_eq!(
+            (core.raised.vector, core.raised.address),
+            (vector::PF, 0x7fff_ffff_fffc)
+        );
+        core.regs[gpr::RBX] = 0x1000 - 4;
+        core.store(0xffcu64, 0u32).unwrap();
+        // The page of the selector is absent.
+        core.physical_write(0x4008, &[0; 8]);
+        core.mmu.flush();
+        assert!(load_far_pointer(&mut core, &insn).is_err());
+        assert_eq!((core.raised.vector, core.raised.address), (vector::PF, 0x1000));
     }
 
     #[test]
