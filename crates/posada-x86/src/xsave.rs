@@ -270,11 +270,8 @@ pub fn xsaveopt(core: &mut Core, insn: &Insn) -> Exec {
 }
 
 fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> Exec {
-    let length = if requested & AVX != 0 {
-        core.upper_end()
-    } else {
-        HEADER_END
-    };
+    // All of AVX state must be possible, also where the mode has but half of it.
+    let length = size_of_components(requested);
     let linear = core.area(insn, length, 64, true)?;
     // Without components it is the header's alone.
     let first = if requested == 0 { HEADER } else { 0 };
@@ -340,11 +337,8 @@ fn save_compacted(core: &mut Core, insn: &Insn, requested: u64) -> Exec {
     if core.vector.mxcsr != MXCSR_INITIAL {
         present |= requested & SSE;
     }
-    let length = if requested & AVX != 0 {
-        core.upper_end()
-    } else {
-        HEADER_END
-    };
+    // All of AVX state must be possible, also where the mode has but half of it.
+    let length = size_of_components(requested);
     let linear = core.area(insn, length, 64, true)?;
     let first = if requested & (X87 | SSE) == 0 { HEADER } else { 0 };
     core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;

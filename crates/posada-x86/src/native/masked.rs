@@ -90,15 +90,13 @@ impl Core {
     }
 
     /// Stores the bytes that `chosen` names: all or none. Each has an address of the address size, and those of the
-    /// whole operand must be canonical.
+    /// whole operand must be canonical, or inside the segment.
     fn store_chosen(&mut self, insn: &Insn, data: &[u8], chosen: impl Fn(usize) -> bool) -> Exec {
         let (first, mask) = (self.offset_of(insn), insn.address_mask());
-        if self.bits64() {
-            for at in [0, data.len() as u64 - 1] {
-                let linear = self.linear_at(insn, first.wrapping_add(at) & mask, 1, true)?;
-                if (linear as i64) << 16 >> 16 != linear as i64 {
-                    self.load::<u8>(linear)?;
-                }
+        for at in [0, data.len() as u64 - 1] {
+            let linear = self.linear_at(insn, first.wrapping_add(at) & mask, 1, true)?;
+            if self.bits64() && (linear as i64) << 16 >> 16 != linear as i64 {
+                self.load::<u8>(linear)?;
             }
         }
         self.store_at(data, 1, chosen, |core, at| {
