@@ -64,7 +64,7 @@ fn same_end(undefined: &Undefined, native: &Outcome, guest: &Outcome) -> bool {
     let part = |outcome: &Outcome| {
         let inside = |(first, length)| {
             let distance = outcome.address.wrapping_sub(first);
-            distance < length || undefined.narrow && distance & 0xffff_ffff < length
+            distance < length || undefined.wraps.is_some_and(|mask| distance & mask < length)
         };
         outcome.end == End::Raised && outcome.vector == 14 && undefined.parts.is_some_and(inside)
     };

@@ -32,8 +32,8 @@ pub struct Undefined {
     pub numeric_first: bool,
     /// Where #PF may report any address: the first, and how many bytes.
     pub parts: Option<(u64, u64)>,
-    /// An operand's addresses have 32 bits: its parts may be on both sides of 4 GiB.
-    pub narrow: bool,
+    /// The bits of an operand's addresses, if fewer than 64: its parts may be on both sides of 64 KiB or 4 GiB.
+    pub wraps: Option<u64>,
     /// Each of two memory operands may fault first.
     pub any_memory_fault: bool,
     /// #PF may not be raised at all.
@@ -139,7 +139,14 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
         undefined.upper_halves = 1 << 1 | 1 << 6 | 1 << 7;
     }
     let registers = [instruction.memory_base(), instruction.memory_index()];
-    undefined.narrow = narrow || registers.iter().any(|register| register.size() == 4);
+    undefined.wraps =
+        if registers.iter().any(|register| register.size() == 2) || instruction.op0_kind() == OpKind::MemorySegDI {
+            Some(0xffff)
+        } else if narrow || case.bits == 32 || registers.iter().any(|register| register.size() == 4) {
+            Some(0xffff_ffff)
+        } else {
+            None
+        };
     // MMX instructions may have entered MMX state, that is, set TOP to 0 and all tags.
     undefined.mmx_state = operands().any(|operand| instruction.op_register(operand).is_mm());
     // What an unmasked numeric exception keeps from being stored may fault or not.
