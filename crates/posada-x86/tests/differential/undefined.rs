@@ -182,6 +182,9 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
             parts = area::SIZE as u64;
             undefined.vectors = u16::MAX;
             undefined.x87 = true;
+            // Nor does the manual say which components are read that need not be, and whether before the header is judged.
+            undefined.optional = true;
+            undefined.any_memory_fault = true;
         }
         // The bytes are stored one by one, at RDI. Faults with a mask of zeros are left to the processor ("MASKMOVDQU"),
         // and so are those at bytes that the mask leaves out.
