@@ -5,24 +5,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
-use posada_engine::{CpuState, Machine};
+use posada_engine::{CpuState, NoDevices};
 use posada_memory::GuestRam;
 use posada_x86::core::Core;
 use std::sync::{Arc, OnceLock};
-
-struct Nothing;
-
-impl Machine for Nothing {
-    fn port_read(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn port_write(&self, _: u16, _: &[u8]) {}
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn end_of_interrupt(&self, _: u8) {}
-}
 
 const CODE: u64 = 0x1000;
 
@@ -41,7 +27,7 @@ fuzz_target!(|input: &[u8]| {
     }
     ram.code().written(0, 1 << 20);
 
-    let mut core = Core::new(ram.clone(), Arc::new(Nothing), Arc::default());
+    let mut core = Core::new(ram.clone(), Arc::new(NoDevices), Arc::default());
     let mut state = CpuState::reset();
     state.rip = CODE;
     let bytes: [u8; 16] = std::array::from_fn(|at| code.get(at).copied().unwrap_or(0));

@@ -22,6 +22,21 @@ pub trait Machine: Send + Sync {
     fn end_of_interrupt(&self, vector: u8);
 }
 
+/// A machine without devices: holes everywhere. What processors have around them in tests.
+pub struct NoDevices;
+
+impl Machine for NoDevices {
+    fn port_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn port_write(&self, _: u16, _: &[u8]) {}
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn end_of_interrupt(&self, _: u8) {}
+}
+
 /// A message-signalled interrupt (Intel SDM 3A, section 11.11).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Msi {

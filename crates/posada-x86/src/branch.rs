@@ -3,7 +3,7 @@
 use crate::core::{Core, gpr};
 use crate::fault::Exec;
 use crate::flags::holds;
-use crate::insn::{ADDRESS16, ADDRESS32, Insn, OPERAND16};
+use crate::insn::{Insn, OPERAND16};
 use crate::interpret::BRANCHED;
 use crate::operand::Source;
 
@@ -139,25 +139,9 @@ pub fn ret(core: &mut Core, insn: &Insn) -> Exec {
     Ok(())
 }
 
-/// RCX as the address size has it.
-fn count(core: &Core, insn: &Insn) -> u64 {
-    let rcx = core.regs[gpr::RCX];
-    if insn.flags & ADDRESS16 != 0 {
-        rcx & 0xffff
-    } else if insn.flags & ADDRESS32 != 0 {
-        rcx & 0xffff_ffff
-    } else {
-        rcx
-    }
-}
-
 /// LOOPNE, LOOPE, LOOP: `reg` 0, 1, 2.
 pub fn loop_(core: &mut Core, insn: &Insn) -> Exec {
-    let mask = match insn.flags & (ADDRESS16 | ADDRESS32) {
-        0 => u64::MAX,
-        ADDRESS16 => 0xffff,
-        _ => 0xffff_ffff,
-    };
+    let mask = insn.address_mask();
     let rcx = core.regs[gpr::RCX];
     let left = rcx.wrapping_sub(1) & mask;
     let zero = core.arithmetic & 1 << 14 != 0;
@@ -176,7 +160,7 @@ pub fn loop_(core: &mut Core, insn: &Insn) -> Exec {
 
 /// JCXZ, JECXZ, JRCXZ.
 pub fn jcxz(core: &mut Core, insn: &Insn) -> Exec {
-    if count(core, insn) == 0 {
+    if core.regs[gpr::RCX] & insn.address_mask() == 0 {
         let target = core.near_target(insn, relative(core, insn))?;
         core.set_rip(target);
     }

@@ -391,27 +391,13 @@ impl Core {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use posada_engine::Machine;
+    use posada_engine::NoDevices;
     use posada_memory::GuestRam;
     use std::sync::Arc;
 
-    struct Nothing;
-
-    impl Machine for Nothing {
-        fn port_read(&self, _: u16, data: &mut [u8]) {
-            data.fill(0xff);
-        }
-        fn port_write(&self, _: u16, _: &[u8]) {}
-        fn mmio_read(&self, _: u64, data: &mut [u8]) {
-            data.fill(0xff);
-        }
-        fn mmio_write(&self, _: u64, _: &[u8]) {}
-        fn end_of_interrupt(&self, _: u8) {}
-    }
-
     pub(crate) fn core() -> Core {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
-        let mut core = Core::new(ram, Arc::new(Nothing), Default::default());
+        let mut core = Core::new(ram, Arc::new(NoDevices), Default::default());
         // 4-level tables at 0x1000; linear pages 0 and 1 lead to 0x8000 and 0x9000.
         core.cr = [0x8001_0033, 0, 0, 0x1000, 0x20];
         core.msr.efer = 0xd00;

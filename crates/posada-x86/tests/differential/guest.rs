@@ -3,25 +3,10 @@
 
 use crate::layout::{CODE, CODE_32, CODE_64, CODE_PAGES, DATA, DATA_PAGES, FLAT_DATA, Memory, PAGE};
 use crate::state::{Case, End, Outcome, area};
-use posada_engine::{DescriptorTable, Machine, Segment};
+use posada_engine::{DescriptorTable, NoDevices, Segment};
 use posada_memory::GuestRam;
 use posada_x86::core::{Core, seg};
 use std::sync::Arc;
-
-/// No devices: a case has no reason to reach one.
-struct Nothing;
-
-impl Machine for Nothing {
-    fn port_read(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn port_write(&self, _: u16, _: &[u8]) {}
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn end_of_interrupt(&self, _: u8) {}
-}
 
 /// Guest physical places: page tables, then the windows' pages.
 const TABLES: u64 = 0x1000;
@@ -63,7 +48,7 @@ impl Guest {
         }
         // SAFETY: the pages are guest RAM's, one after another, and only this guest's CPU uses them.
         let memory = unsafe { Memory::new(host(DATA_GPA), host(CODE_GPA)) };
-        let mut core = Core::new(ram, Arc::new(Nothing), Arc::default());
+        let mut core = Core::new(ram, Arc::new(NoDevices), Arc::default());
         // CR0: PG, AM, WP, NE, ET, MP, PE. CR4: OSXSAVE, FSGSBASE, OSXMMEXCPT, OSFXSR, PAE. EFER: NXE, LMA, LME, SCE.
         core.cr = [0x8005_0033, 0, 0, pml4, 0x5_0620];
         core.msr.efer = 0xd01;
