@@ -1,6 +1,6 @@
 //! What the unit tests share: an interrupt sink that remembers, and random numbers with a fixed seed.
 
-use posada_engine::{Msi, MsiSink};
+use posada_engine::{Msi, MsiLine, MsiSink, PlainLine};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
@@ -44,6 +44,12 @@ impl MsiSink for Sink {
         self.seen.lock().unwrap().push(msi);
         self.changed.notify_all();
     }
+
+    fn connect(self: Arc<Self>) -> Box<dyn MsiLine> {
+        Box::new(PlainLine::new(self))
+    }
+
+    fn route_pin(&self, _pin: u8, _msi: Option<Msi>) {}
 }
 
 /// xorshift64*.

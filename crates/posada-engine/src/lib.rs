@@ -2,10 +2,17 @@
 //! machine around it. Nothing of one engine shows through here.
 #![forbid(unsafe_code)]
 
+pub mod clock;
+pub mod cpu;
+mod interrupt;
+pub mod msr;
 mod state;
 
-pub use state::{CpuState, DescriptorTable, Segment};
+pub use interrupt::{Msi, MsiLine, MsiSink, PlainLine};
+pub use state::{Activity, ApicPage, CpuState, DescriptorTable, Events, PendingException, Segment, Xsave};
 
+use clock::Moment;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// The machine around the processors: answers what is not RAM. Called from vCPU threads, several at once.
@@ -37,21 +44,6 @@ impl Machine for NoDevices {
     fn end_of_interrupt(&self, _: u8) {}
 }
 
-/// A message-signalled interrupt (Intel SDM 3A, section 11.11).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Msi {
-    /// Message address: 0xfeeX_XXXX.
-    pub address: u64,
-    /// Message data: vector, delivery mode, trigger mode.
-    pub data: u32,
-}
-
-/// Where devices and the IOAPIC send interrupts: the local APICs of one VM.
-pub trait MsiSink: Send + Sync {
-    /// Delivers the message; an address or mode that means nothing is dropped.
-    fn signal_msi(&self, msi: Msi);
-}
-
 /// Wakes or stops a vCPU from another thread.
 pub trait Kick: Send + Sync {
     /// Makes the vCPU's current or next [`Vcpu::run`] return [`Exit::Kicked`] soon. Never lost, may be repeated.
@@ -67,6 +59,8 @@ pub enum Exit {
     TripleFault(String),
     /// A debugger's single step or break point was reached; RIP is at the instruction to run next.
     Debug,
+    /// The engine cannot go on: what happened and what to do about it, in a sentence or more. The state is lost.
+    Failed(String),
 }
 
 /// What a debugger asks of a vCPU.
@@ -96,18 +90,32 @@ pub enum Error {
     State(String),
 }
 
+/// A write by which a guest's driver tells a device that there is work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Doorbell {
+    /// Guest physical address.
+    pub gpa: u64,
+    /// Bytes of the write: 1, 2, 4 or 8.
+    pub length: u32,
+    /// The value written, or any.
+    pub value: Option<u64>,
+}
+
 /// A virtual processor. Owned by one thread at a time.
 ///
-/// Life: created in reset (vCPU 0) or waiting for INIT-SIPI (all others) → `set_state` at most once for vCPU 0's boot
-/// entry → `run` repeatedly.
+/// Life: created in reset (vCPU 0) or waiting for INIT-SIPI (all others) → `set_state` for vCPU 0's boot entry, or for all
+/// vCPUs to restore a VM → `run` repeatedly; `state` and `set_state` between runs.
 pub trait Vcpu: Send {
     /// Runs guest code until there is a reason to stop. A halted vCPU, or one that waits for SIPI, sleeps inside.
     fn run(&mut self) -> Exit;
     /// A handle that stops [`Vcpu::run`].
     fn kicker(&self) -> Arc<dyn Kick>;
-    /// The architectural state between two instructions.
-    fn state(&self) -> CpuState;
-    /// Replaces the architectural state and makes the vCPU runnable.
+    /// The architectural state between two instructions, whole: every field is there.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host's KVM does not give it.
+    fn state(&mut self) -> Result<CpuState, Error>;
+    /// Replaces the architectural state.
     ///
     /// # Errors
     /// [`Error::State`] when a register holds what the processor could not.
@@ -129,4 +137,25 @@ pub trait Engine: Send + Sync {
     fn create_vcpu(&self, index: u32, machine: Arc<dyn Machine>) -> Result<Box<dyn Vcpu>, Error>;
     /// The local APICs, for devices. Usable before the vCPUs exist.
     fn msi_sink(&self) -> Arc<dyn MsiSink>;
+    /// Has the write signal `event` (an eventfd) instead of reaching [`Machine::mmio_write`]. False: this engine has no way
+    /// to do so, and the write reaches the machine as ever.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host refuses, for example because there are too many.
+    fn attach_doorbell(&self, bell: Doorbell, event: BorrowedFd<'_>) -> Result<bool, Error>;
+    /// Undoes [`Engine::attach_doorbell`].
+    fn detach_doorbell(&self, bell: Doorbell, event: BorrowedFd<'_>);
+    /// This moment on the VM's clock and the host's.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host's KVM does not tell.
+    fn clock(&self) -> Result<Moment, Error>;
+    /// Sets the VM's clock to `vm_ns` at the moment when the host's TSC was `host_tsc`. For a VM that does not run, before its
+    /// vCPUs' state is set.
+    ///
+    /// # Errors
+    /// [`Error::Host`] when the host's KVM refuses.
+    fn set_clock(&self, moment: Moment) -> Result<(), Error>;
+    /// How many break points a debugger can have.
+    fn breakpoints(&self) -> usize;
 }

@@ -33,6 +33,13 @@ pub enum Ending {
         /// Its registers, for people.
         report: String,
     },
+    /// A vCPU's engine could not go on.
+    EngineFailed {
+        /// Which vCPU.
+        cpu: u32,
+        /// What happened and what to do, for people.
+        reason: String,
+    },
     /// A thread of ours panicked.
     Failed,
     /// The user left the console by its escape.

@@ -5,7 +5,13 @@ use crate::boot::testing::{Segment, elf64};
 use crate::console::ConsoleConfig;
 use crate::control::Control;
 use crate::vm::{self, Config, Report};
-use posada_engine::{Counters, CpuState, DebugControl, Engine, Error, Exit, Kick, Machine, Msi, MsiSink, Vcpu};
+use posada_engine::clock::Moment;
+use posada_engine::cpu::{CpuModel, Features, Offer};
+use posada_engine::{
+    Counters, CpuState, DebugControl, Doorbell, Engine, Error, Exit, Kick, Machine, Msi, MsiLine, MsiSink, PlainLine,
+    Vcpu,
+};
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -61,7 +67,7 @@ pub fn config(dir: &TempDir) -> Config {
         initramfs: None,
         cmdline: String::new(),
         disks: Vec::new(),
-        cpus: 1,
+        model: model(1),
         memory: 4 << 20,
         console: ConsoleConfig::None,
         virtio_console: false,
@@ -81,7 +87,7 @@ pub fn run(
     program: impl Fn(u32, u64, &dyn Machine) -> Step + Send + Sync + 'static,
 ) -> Result<Report, vm::Error> {
     let program: Program = Arc::new(program);
-    vm::run(config, &|_, _| Ok(Arc::new(FakeEngine(program.clone()))), control)
+    vm::run(config, &|_, _| Ok(Arc::new(FakeEngine::new(program.clone()))), control)
 }
 
 /// xorshift64*.
@@ -111,13 +117,42 @@ pub enum Step {
 /// A vCPU's program: its index, its RIP, the machine.
 pub type Program = Arc<dyn Fn(u32, u64, &dyn Machine) -> Step + Send + Sync>;
 
+/// What `cpus` vCPUs of a fake engine are.
+pub fn model(cpus: u32) -> CpuModel {
+    let offer = Offer {
+        features: Features::default(),
+        arch_capabilities: 0,
+        physical_bits: 46,
+        tsc_khz: 1_000_000,
+    };
+    CpuModel::new(&offer, cpus, None).unwrap()
+}
+
 /// An engine whose vCPUs run a program of the test.
-pub struct FakeEngine(pub Program);
+pub struct FakeEngine(Program, Mutex<Moment>);
+
+impl FakeEngine {
+    /// All vCPUs run `program`.
+    pub fn new(program: Program) -> Self {
+        let start = Moment {
+            vm_ns: 0,
+            real_ns: 0,
+            host_tsc: 0,
+        };
+        Self(program, Mutex::new(start))
+    }
+}
 
 struct NoInterrupts;
 
 impl MsiSink for NoInterrupts {
     fn signal_msi(&self, _msi: Msi) {}
+
+    fn connect(self: Arc<Self>) -> Box<dyn MsiLine> {
+        Box::new(PlainLine::new(self))
+    }
+
+    fn route_pin(&self, _pin: u8, _msi: Option<Msi>) {}
 }
 
 impl Engine for FakeEngine {
@@ -135,6 +170,26 @@ impl Engine for FakeEngine {
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {
         Arc::new(NoInterrupts)
+    }
+
+    fn attach_doorbell(&self, _: Doorbell, _: BorrowedFd<'_>) -> Result<bool, Error> {
+        Ok(false)
+    }
+
+    fn detach_doorbell(&self, _: Doorbell, _: BorrowedFd<'_>) {}
+
+    /// A clock that stands.
+    fn clock(&self) -> Result<Moment, Error> {
+        Ok(*self.1.lock().unwrap())
+    }
+
+    fn set_clock(&self, moment: Moment) -> Result<(), Error> {
+        *self.1.lock().unwrap() = moment;
+        Ok(())
+    }
+
+    fn breakpoints(&self) -> usize {
+        usize::MAX
     }
 }
 
@@ -194,8 +249,8 @@ impl Vcpu for FakeVcpu {
         self.kicked.clone()
     }
 
-    fn state(&self) -> CpuState {
-        self.state.clone()
+    fn state(&mut self) -> Result<CpuState, Error> {
+        Ok(self.state.clone())
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {

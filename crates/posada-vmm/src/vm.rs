@@ -6,6 +6,7 @@ use crate::control::{Control, Ending, Life};
 use crate::machine::{self, Machine, Parts};
 use crate::{gdb, resident};
 use posada_devices::virtio::blk::{BlkDisk, DiskError, open_disk};
+use posada_engine::cpu::CpuModel;
 use posada_engine::{CpuState, Engine, Exit};
 use posada_memory::GuestRam;
 use std::io;
@@ -16,8 +17,8 @@ use std::thread;
 /// The most vCPUs.
 pub const MAX_CPUS: u32 = 8;
 
-/// Makes the processors of a life: RAM, number of vCPUs.
-pub type MakeEngine<'a> = &'a dyn Fn(Arc<GuestRam>, u32) -> Result<Arc<dyn Engine>, posada_engine::Error>;
+/// Makes the processors of a life: RAM, what they are.
+pub type MakeEngine<'a> = &'a dyn Fn(Arc<GuestRam>, &CpuModel) -> Result<Arc<dyn Engine>, posada_engine::Error>;
 
 /// A disk as the user names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -39,8 +40,8 @@ pub struct Config {
     pub cmdline: String,
     /// Disks.
     pub disks: Vec<DiskConfig>,
-    /// Number of vCPUs, 1 to [`MAX_CPUS`].
-    pub cpus: u32,
+    /// The vCPUs, 1 to [`MAX_CPUS`].
+    pub model: CpuModel,
     /// Bytes of RAM.
     pub memory: u64,
     /// The console.
@@ -108,8 +109,8 @@ pub enum Error {
 /// # Errors
 /// [`Error`], each a sentence for the user. Nothing of the VM is left then.
 pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>) -> Result<Report, Error> {
-    if !(1..=MAX_CPUS).contains(&config.cpus) {
-        return Err(Error::Cpus(config.cpus));
+    if !(1..=MAX_CPUS).contains(&config.model.cpus) {
+        return Err(Error::Cpus(config.model.cpus));
     }
     if config.memory == 0 || !config.memory.is_multiple_of(posada_memory::PAGE_SIZE) {
         return Err(Error::MemorySize(config.memory));
@@ -167,10 +168,10 @@ impl Life {
         make_engine: MakeEngine<'_>,
         control: &Arc<Control>,
     ) -> Result<Arc<Self>, Error> {
-        let engine = make_engine(ram.clone(), config.cpus)?;
+        let engine = make_engine(ram.clone(), &config.model)?;
         let virtio_console = config.virtio_console.then(|| console.writer()).transpose();
         let parts = Parts {
-            cpus: config.cpus,
+            cpus: config.model.cpus,
             disks,
             com1: console.writer().map_err(console::Error::Stdio)?,
             virtio_console: virtio_console.map_err(console::Error::Stdio)?.map(|(writer, _)| writer),
@@ -178,7 +179,7 @@ impl Life {
         };
         let machine = Arc::new(Machine::new(parts, &ram, &engine.msi_sink(), control)?);
         let mut cpus = Vec::new();
-        for index in 0..config.cpus {
+        for index in 0..config.model.cpus {
             cpus.push(engine.create_vcpu(index, machine.clone())?);
         }
         cpus[0].set_state(entry)?;
@@ -250,11 +251,11 @@ fn run_cpu(life: &Life, index: usize, control: &Control) {
             cpu.run()
         };
         control.leave(index, exit == Exit::Debug);
-        if let Exit::TripleFault(report) = exit {
-            control.end(Ending::Crash {
-                cpu: index as u32,
-                report,
-            });
+        let cpu = index as u32;
+        match exit {
+            Exit::TripleFault(report) => control.end(Ending::Crash { cpu, report }),
+            Exit::Failed(reason) => control.end(Ending::EngineFailed { cpu, reason }),
+            Exit::Kicked | Exit::Debug => {}
         }
     }
 }

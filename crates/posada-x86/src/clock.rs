@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Frequency of the bus clock that drives the local APIC timer, in kHz: one count a nanosecond before the divider.
-pub const APIC_BUS_KHZ: u64 = 1_000_000;
+pub const APIC_BUS_KHZ: u64 = posada_engine::cpu::APIC_BUS_KHZ as u64;
 
 /// The host's TSC.
 #[inline(always)]

@@ -6,7 +6,7 @@ use crate::lapic::Lapic;
 use crate::native::Native;
 use crate::shared::Shared;
 use crate::tlb::Mmu;
-use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment};
+use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment, Xsave};
 use posada_memory::GuestRam;
 use std::sync::Arc;
 
@@ -260,7 +260,9 @@ impl Core {
 
     /// The architectural state between two instructions.
     pub fn state(&self) -> CpuState {
-        let mut fxsave = self.vector.fx;
+        let mut xsave = Xsave::new(Vec::new());
+        let fxsave = xsave.legacy_mut();
+        *fxsave = self.vector.fx;
         fxsave[24..28].copy_from_slice(&self.vector.mxcsr.to_le_bytes());
         for (register, ymm) in self.vector.ymm.iter().enumerate() {
             fxsave[160 + register * 16..][..16].copy_from_slice(&ymm[..16]);
@@ -281,7 +283,8 @@ impl Core {
             cr4: self.cr[4],
             efer: self.msr.efer,
             debug: [d0, d1, d2, d3, d6, d7],
-            fxsave,
+            xsave,
+            ..CpuState::reset()
         }
     }
 
@@ -297,12 +300,12 @@ impl Core {
         self.msr.efer = state.efer;
         let [d0, d1, d2, d3, d6, d7] = state.debug;
         self.dr = [d0, d1, d2, d3, 0, 0, d6, d7];
-        self.vector.fx = state.fxsave;
+        self.vector.fx = *state.xsave.legacy();
         self.vector.fx[24..28].fill(0);
         self.vector.fx[160..].fill(0);
-        self.vector.mxcsr = u32::from_le_bytes(state.fxsave[24..28].try_into().expect("four bytes"));
+        self.vector.mxcsr = u32::from_le_bytes(state.xsave.legacy()[24..28].try_into().expect("four bytes"));
         for (register, ymm) in self.vector.ymm.iter_mut().enumerate() {
-            ymm[..16].copy_from_slice(&state.fxsave[160 + register * 16..][..16]);
+            ymm[..16].copy_from_slice(&state.xsave.legacy()[160 + register * 16..][..16]);
         }
         self.pdptes = self.read_pdptes(self.cr[3]);
         self.mmu.flush();

@@ -4,9 +4,12 @@ use crate::clock;
 use crate::core::{CodeSize, Core, gpr, seg};
 use crate::interpret::Stop;
 use crate::shared::Vm;
-use posada_engine::{Counters, CpuState, DebugControl, Engine, Error, Exit, Kick, Machine, MsiSink, Vcpu};
+use posada_engine::clock::Moment;
+use posada_engine::cpu::{CpuModel, Offer};
+use posada_engine::{Counters, CpuState, DebugControl, Doorbell, Engine, Error, Exit, Kick, Machine, MsiSink, Vcpu};
 use posada_memory::GuestRam;
 use std::fmt::Write;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// The most vCPUs of a VM: xAPIC ids are one byte, and FFh means "all".
@@ -19,18 +22,28 @@ pub struct Emulator {
 }
 
 impl Emulator {
-    /// A VM with `vcpus` processors (1 to 255) over `ram`. Its clock starts now.
+    /// What a VM on this engine can be shown on this host.
+    pub fn offer() -> Offer {
+        crate::cpuid::offer()
+    }
+
+    /// A VM with the processors (1 to 255) of `model` over `ram`. Its clock starts now.
     ///
     /// # Errors
-    /// [`Error::Host`] for another number of processors, or when the host is out of threads or descriptors.
-    pub fn new(ram: Arc<GuestRam>, vcpus: u32) -> Result<Self, Error> {
+    /// [`Error::Host`] for another number of processors, or when the host is out of threads or descriptors;
+    /// [`Error::State`] for a model that this engine cannot be.
+    pub fn new(ram: Arc<GuestRam>, model: &CpuModel) -> Result<Self, Error> {
+        let vcpus = model.cpus;
         if !(1..=MAX_VCPUS).contains(&vcpus) {
             let text = format!("it has 1 to {MAX_VCPUS} virtual processors, not {vcpus}");
             return Err(Error::Host(text));
         }
+        model
+            .fits(&Self::offer())
+            .map_err(|what| Error::State(format!("the VM needs {what}")))?;
         crate::native::prepare()
             .map_err(|error| Error::Host(format!("no memory for code that runs vector instructions: {error}")))?;
-        let vm = Vm::new(vcpus);
+        let vm = Vm::new(model.clone());
         vm.start_alarms()
             .map_err(|error| Error::Host(format!("no timers for the virtual processors: {error}")))?;
         Ok(Self { ram, vm })
@@ -54,6 +67,31 @@ impl Engine for Emulator {
 
     fn msi_sink(&self) -> Arc<dyn MsiSink> {
         Arc::clone(&self.vm) as Arc<dyn MsiSink>
+    }
+
+    fn attach_doorbell(&self, _: Doorbell, _: BorrowedFd<'_>) -> Result<bool, Error> {
+        // The machine is a function call away.
+        Ok(false)
+    }
+
+    fn detach_doorbell(&self, _: Doorbell, _: BorrowedFd<'_>) {}
+
+    fn clock(&self) -> Result<Moment, Error> {
+        let host_tsc = clock::host_tsc();
+        Ok(Moment {
+            vm_ns: clock::ticks_to_ns(host_tsc.wrapping_add(self.vm.tsc_offset())),
+            real_ns: clock::real_time_ns(),
+            host_tsc,
+        })
+    }
+
+    fn set_clock(&self, moment: Moment) -> Result<(), Error> {
+        self.vm.set_clock(moment.vm_ns, moment.host_tsc);
+        Ok(())
+    }
+
+    fn breakpoints(&self) -> usize {
+        usize::MAX
     }
 }
 
@@ -91,8 +129,8 @@ impl Vcpu for Processor {
         Arc::clone(self.core.shared.mailbox()) as Arc<dyn Kick>
     }
 
-    fn state(&self) -> CpuState {
-        self.core.state()
+    fn state(&mut self) -> Result<CpuState, Error> {
+        Ok(self.core.state())
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
@@ -269,12 +307,16 @@ mod tests {
 
     const INIT: u32 = 0x4500;
 
+    fn model(vcpus: u32) -> CpuModel {
+        CpuModel::new(&Emulator::offer(), vcpus, None).unwrap()
+    }
+
     fn emulator(vcpus: u32, code: &[u8]) -> (Emulator, Vec<Box<dyn Vcpu>>) {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
         let host = ram.host(0x1000, code.len() as u64).unwrap();
         // SAFETY: RAM of the test's own.
         unsafe { host.copy_from(code.as_ptr(), code.len()) };
-        let emulator = Emulator::new(ram, vcpus).unwrap();
+        let emulator = Emulator::new(ram, &model(vcpus)).unwrap();
         let machine = Arc::new(Ends::default());
         let vcpus = (0..vcpus)
             .map(|index| emulator.create_vcpu(index, machine.clone()).unwrap())
@@ -315,7 +357,7 @@ mod tests {
             });
             assert_eq!(vcpus[0].run(), Exit::Kicked);
         });
-        assert!([0x1000, 0x1005].contains(&vcpus[0].state().rip));
+        assert!([0x1000, 0x1005].contains(&vcpus[0].state().unwrap().rip));
         assert!(vcpus[0].counters().instructions > 0);
     }
 
@@ -365,7 +407,7 @@ mod tests {
             });
             assert_eq!(second.run(), Exit::Kicked);
         });
-        assert_eq!((second.state().rip, second.counters().instructions), (6, 2));
+        assert_eq!((second.state().unwrap().rip, second.counters().instructions), (6, 2));
     }
 
     #[test]
@@ -376,17 +418,17 @@ mod tests {
             single_step: true,
             breakpoints: Vec::new(),
         });
-        assert_eq!((vcpus[0].run(), vcpus[0].state().rip), (Exit::Debug, 0x1001));
+        assert_eq!((vcpus[0].run(), vcpus[0].state().unwrap().rip), (Exit::Debug, 0x1001));
         vcpus[0].set_debug(&DebugControl {
             single_step: false,
             breakpoints: vec![0x1002],
         });
-        assert_eq!((vcpus[0].run(), vcpus[0].state().rip), (Exit::Debug, 0x1002));
+        assert_eq!((vcpus[0].run(), vcpus[0].state().unwrap().rip), (Exit::Debug, 0x1002));
     }
 
     #[test]
     fn counters_of_all_vcpus_started_at_zero_together() {
-        let vm = Vm::new(2);
+        let vm = Vm::with_cpus(2);
         assert!(clock::ticks_to_ns(clock::host_tsc().wrapping_add(vm.tsc_offset())) < 10_000_000_000);
         let boot = vm.shared(1).boot_time_ns();
         assert!(clock::real_time_ns().abs_diff(boot) < 10_000_000_000);
@@ -395,7 +437,10 @@ mod tests {
     #[test]
     fn impossible_numbers_and_states_are_refused() {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
-        assert!(Emulator::new(ram.clone(), 0).is_err() && Emulator::new(ram, 256).is_err());
+        assert!(Emulator::new(ram.clone(), &model(0)).is_err() && Emulator::new(ram.clone(), &model(256)).is_err());
+        let mut other = model(1);
+        other.features.avx512f = true;
+        assert!(matches!(Emulator::new(ram, &other), Err(Error::State(text)) if text.contains("avx512f")));
         let (emulator, mut vcpus) = emulator(1, &[]);
         assert!(emulator.create_vcpu(1, Arc::new(Ends::default())).is_err());
         let cases: [fn(&mut CpuState); 6] = [

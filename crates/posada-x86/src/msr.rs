@@ -68,7 +68,7 @@ const UC_MINUS: u64 = 1 << 7;
 /// Those are made against the processor that speculates on behalf of the code it runs: the host's processor runs this
 /// program and never the guest's branches and loads, so that no countermeasure inside a guest could help.
 /// A guest is kept from others by its process, whose kernel guards the host.
-const ARCH_CAPABILITIES_VALUE: u64 = {
+pub(crate) const ARCH_CAPABILITIES_VALUE: u64 = {
     const RDCL_NO: u64 = 1 << 0;
     const IBRS_ALL: u64 = 1 << 1;
     const SKIP_L1DFL_VMENTRY: u64 = 1 << 3;
@@ -171,7 +171,7 @@ impl Core {
             APIC_BASE | TSC_DEADLINE | X2APIC..=X2APIC_LAST => return self.lapic_read_msr(msr),
             SPEC_CTRL => state.spec_ctrl,
             BIOS_SIGN_ID => MICROCODE,
-            ARCH_CAPABILITIES => ARCH_CAPABILITIES_VALUE,
+            ARCH_CAPABILITIES => self.shared.vm().model().arch_capabilities,
             // No machine-check banks, no branch records, no turbo ratios.
             PLATFORM_ID | PLATFORM_INFO | MCG_CAP | MCG_STATUS | DEBUGCTL => 0,
             MTRRCAP => MTRRCAP_VALUE,

@@ -1,10 +1,11 @@
 //! Which engine runs a VM's processors.
 
+use posada_engine::cpu::CpuModel;
 use posada_engine::{Engine, Error};
 use posada_memory::GuestRam;
 use std::sync::Arc;
 
-/// The software CPU with `cpus` vCPUs on `ram`.
-pub fn emulate(ram: Arc<GuestRam>, cpus: u32) -> Result<Arc<dyn Engine>, Error> {
-    Ok(Arc::new(posada_x86::Emulator::new(ram, cpus)?))
+/// The software CPU with the vCPUs of `model` on `ram`.
+pub fn emulate(ram: Arc<GuestRam>, model: &CpuModel) -> Result<Arc<dyn Engine>, Error> {
+    Ok(Arc::new(posada_x86::Emulator::new(ram, model)?))
 }

@@ -1,7 +1,9 @@
 //! `posada run`: one VM in this process.
 
 use crate::{engine, signals, size, summary};
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
+use posada_engine::cpu::{Baseline, CpuModel};
 use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
@@ -26,7 +28,7 @@ Exit codes:
   2           the guest crashed (triple fault); its registers are on standard error
   (v << 1)|1  the guest wrote v to the debug-exit port
   125         bad arguments, or the VM cannot start
-  126         an error in Posada itself
+  126         an error in Posada itself or in the host's KVM
   128+n       ended by signal n
 
 Example:
@@ -56,6 +58,11 @@ pub struct Arguments {
     /// Number of virtual CPUs, 1 to 8
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u32,
+
+    /// What the virtual CPUs can do: all that this host offers, or a level that other hosts offer too, for a VM that is to
+    /// move
+    #[arg(long, value_enum, default_value_t = Model::Host)]
+    cpu_model: Model,
 
     /// Guest memory, as in 512M or 2GiB; the host gives it only as the guest touches it
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::parse)]
@@ -96,6 +103,28 @@ enum Accelerator {
     Emulate,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Model {
+    /// All that this host offers
+    Host,
+    /// Up to SSE4.2
+    #[value(name = "x86-64-v2")]
+    V2,
+    /// Up to AVX2
+    #[value(name = "x86-64-v3")]
+    V3,
+}
+
+impl Model {
+    fn baseline(self) -> Option<Baseline> {
+        match self {
+            Model::Host => None,
+            Model::V2 => Some(Baseline::V2),
+            Model::V3 => Some(Baseline::V3),
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Console(ConsoleConfig);
 
@@ -131,12 +160,18 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     } else {
         "console=ttyS0"
     };
+    let model = CpuModel::new(
+        &posada_x86::Emulator::offer(),
+        arguments.cpus,
+        arguments.cpu_model.baseline(),
+    )
+    .map_err(|feature| anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host"))?;
     let config = Config {
         kernel: arguments.kernel.clone(),
         initramfs: arguments.initramfs.clone(),
         cmdline: arguments.cmdline.clone().unwrap_or_else(|| default_cmdline.into()),
         disks: arguments.disks.iter().map(|text| disk(text)).collect(),
-        cpus: arguments.cpus,
+        model,
         memory: arguments.memory,
         console: arguments.console.0.clone(),
         virtio_console: arguments.virtio_console,
@@ -172,6 +207,10 @@ fn explain(ending: &Ending) -> (u8, &'static str) {
             );
             eprintln!("{}", report.trim_end());
             (CRASHED, "crash")
+        }
+        Ending::EngineFailed { cpu, reason } => {
+            eprintln!("posada: vCPU {cpu} cannot go on: {reason}");
+            (FAILED, "failure")
         }
         Ending::Failed => {
             eprintln!("posada: a thread has failed; this is an error in Posada, please report it");

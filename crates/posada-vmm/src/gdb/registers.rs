@@ -48,7 +48,7 @@ fn full_tags(image: &[u8; 512]) -> u32 {
 
 /// What gdb sees of `state`.
 pub(super) fn to_gdb(state: &CpuState) -> X86_64CoreRegs {
-    let image = &state.fxsave;
+    let image = state.xsave.legacy();
     let selector = |index: usize| state.segments[index].selector.into();
     X86_64CoreRegs {
         regs: GPRS.map(|index| state.gprs[index]),
@@ -88,7 +88,7 @@ pub(super) fn from_gdb(state: &mut CpuState, regs: &X86_64CoreRegs) {
     state.rip = regs.rip;
     // Bits 32 and up are reserved.
     state.rflags = regs.eflags.into();
-    let image = &mut state.fxsave;
+    let image = state.xsave.legacy_mut();
     let mut put = |at: usize, bytes: &[u8]| image[at..at + bytes.len()].copy_from_slice(bytes);
     put(fx::FCW, &(regs.fpu.fctrl as u16).to_le_bytes());
     put(fx::FSW, &(regs.fpu.fstat as u16).to_le_bytes());
@@ -120,7 +120,7 @@ mod tests {
         for (index, register) in state.gprs.iter_mut().enumerate() {
             *register = 0x1111_0000_0000_0000 + index as u64;
         }
-        for (at, byte) in state.fxsave[..416].iter_mut().enumerate() {
+        for (at, byte) in state.xsave.legacy_mut()[..416].iter_mut().enumerate() {
             *byte = (at * 7) as u8;
         }
         // Reserved: byte 5, the mask behind MXCSR, and what is above the 80 bits of each x87 register.
@@ -133,7 +133,7 @@ mod tests {
     #[test]
     fn tags_tell_empty_zero_special_and_valid() {
         let mut state = CpuState::reset();
-        let image = &mut state.fxsave;
+        let image = state.xsave.legacy_mut();
         // TOP = 6: ST0 is register 6.
         image[fx::FSW + 1] = 6 << 3;
         image[fx::FTW] = 0b1100_0001;

@@ -94,7 +94,8 @@ impl Target {
                 signal: Signal::SIGTRAP,
             });
         }
-        let rip = self.cpu(tid).map_or(0, |cpu| cpu.state().rip);
+        let state = self.cpu(tid).ok().and_then(|mut cpu| cpu.state().ok());
+        let rip = state.map_or(0, |state| state.rip);
         Some(if self.hardware.contains(&rip) {
             MultiThreadStopReason::HwBreak(tid)
         } else {
@@ -146,13 +147,13 @@ impl gdbstub::target::Target for Target {
 
 impl MultiThreadBase for Target {
     fn read_registers(&mut self, regs: &mut X86_64CoreRegs, tid: Tid) -> TargetResult<(), Self> {
-        *regs = registers::to_gdb(&self.cpu(tid)?.state());
+        *regs = registers::to_gdb(&self.cpu(tid)?.state().map_err(|_| TargetError::NonFatal)?);
         Ok(())
     }
 
     fn write_registers(&mut self, regs: &X86_64CoreRegs, tid: Tid) -> TargetResult<(), Self> {
         let mut cpu = self.cpu(tid)?;
-        let mut state = cpu.state();
+        let mut state = cpu.state().map_err(|_| TargetError::NonFatal)?;
         registers::from_gdb(&mut state, regs);
         cpu.set_state(&state).map_err(|_| TargetError::NonFatal)
     }

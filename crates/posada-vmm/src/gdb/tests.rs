@@ -1,6 +1,6 @@
 use super::{Address, Listener};
 use crate::control::{Control, Ending};
-use crate::testing::{ENTRY, Step, TempDir, config, run};
+use crate::testing::{ENTRY, Step, TempDir, config, model, run};
 use crate::vm::Config;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -93,7 +93,7 @@ fn with_gdb(test: impl FnOnce(&Path, &Control) + Send) -> Ending {
     let (dir, control) = (TempDir::new(), Control::new());
     let path = dir.path("gdb");
     let config = Config {
-        cpus: 2,
+        model: model(2),
         gdb: Some(Address::Unix(path.clone())),
         ..config(&dir)
     };

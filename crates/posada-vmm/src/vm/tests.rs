@@ -1,5 +1,5 @@
 use super::*;
-use crate::testing::{ENTRY, Step, TempDir, config, run};
+use crate::testing::{ENTRY, Step, TempDir, config, model, run};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 fn power_off(machine: &dyn posada_engine::Machine) {
@@ -10,7 +10,7 @@ fn power_off(machine: &dyn posada_engine::Machine) {
 fn power_off_ends_the_vm_and_halted_vcpus_with_it() {
     let dir = TempDir::new();
     let config = Config {
-        cpus: 3,
+        model: model(3),
         ..config(&dir)
     };
     let report = run(&config, &Control::new(), |index, rip, machine| {
@@ -160,11 +160,11 @@ fn bad_input_is_one_sentence_and_leaves_nothing_behind() {
     let disk = |path| vec![DiskConfig { path, read_only: false }];
     let cases = [
         Config {
-            cpus: 0,
+            model: model(0),
             ..good.clone()
         },
         Config {
-            cpus: 300,
+            model: model(300),
             ..good.clone()
         },
         Config {

@@ -2,7 +2,8 @@
 
 use crate::shared::Vm;
 use crate::shared::mailbox::{Address, NMI};
-use posada_engine::{Msi, MsiSink};
+use posada_engine::{Msi, MsiLine, MsiSink, PlainLine};
+use std::sync::Arc;
 
 /// What a message asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +148,13 @@ impl MsiSink for Vm {
             self.send(interrupt, to);
         }
     }
+
+    fn connect(self: Arc<Self>) -> Box<dyn MsiLine> {
+        Box::new(PlainLine::new(self))
+    }
+
+    /// All ends of level-triggered interrupts are told to the machine.
+    fn route_pin(&self, _pin: u8, _msi: Option<Msi>) {}
 }
 
 #[cfg(test)]
@@ -169,7 +177,7 @@ mod tests {
     }
 
     fn vm(address: impl Fn(u32) -> Address) -> std::sync::Arc<Vm> {
-        let vm = Vm::new(20);
+        let vm = Vm::with_cpus(20);
         (0..)
             .zip(vm.vcpus())
             .for_each(|(index, mailbox)| mailbox.set_address(address(index)));

@@ -87,7 +87,7 @@ impl Core {
     /// most MSRs stay.
     fn init(&mut self) {
         let mut state = CpuState::reset();
-        state.fxsave = self.state().fxsave;
+        state.xsave = self.state().xsave;
         state.cr0 = state.cr0 & !CACHE_BITS | self.cr[0] & CACHE_BITS;
         state.gprs[gpr::RDX] = __cpuid(1).eax.into();
         self.set_state(&state);

@@ -44,7 +44,7 @@ pub(crate) fn vcpu(vm: &Arc<Vm>, index: u32, machine: Arc<dyn Machine>) -> Core 
 
 /// The only vCPU of a VM.
 pub(crate) fn lone() -> Core {
-    vcpu(&Vm::new(1), 0, Arc::new(Ends::default()))
+    vcpu(&Vm::with_cpus(1), 0, Arc::new(Ends::default()))
 }
 
 /// Back to where interrupts are open and no handler runs.

@@ -7,6 +7,7 @@ pub use mailbox::Mailbox;
 
 use crate::clock;
 use alarm::Alarms;
+use posada_engine::cpu::CpuModel;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -15,9 +16,10 @@ use std::sync::{Arc, OnceLock};
 #[derive(Debug)]
 pub struct Vm {
     mailboxes: Arc<[Arc<Mailbox>]>,
+    model: CpuModel,
     alarms: OnceLock<Alarms>,
-    /// Guest TSC minus host TSC when the VM was made: the guests' counters started from 0, all at once.
-    tsc_offset: u64,
+    /// The VM's clock in ticks minus host TSC. When the VM was made, all its processors' counters started with it from 0.
+    tsc_offset: AtomicU64,
     /// Announcements of code so far.
     announcements: AtomicU64,
     /// Who is next in lowest-priority arbitration.
@@ -25,15 +27,22 @@ pub struct Vm {
 }
 
 impl Vm {
-    /// A VM of `vcpus` processors; its clock starts now.
-    pub fn new(vcpus: u32) -> Arc<Self> {
+    /// A VM with the processors of `model`; its clock starts now.
+    pub fn new(model: CpuModel) -> Arc<Self> {
         Arc::new(Self {
-            mailboxes: (0..vcpus).map(|_| Arc::default()).collect(),
+            mailboxes: (0..model.cpus).map(|_| Arc::default()).collect(),
+            model,
             alarms: OnceLock::new(),
-            tsc_offset: clock::host_tsc().wrapping_neg(),
+            tsc_offset: AtomicU64::new(clock::host_tsc().wrapping_neg()),
             announcements: AtomicU64::new(0),
             turn: AtomicU32::new(0),
         })
+    }
+
+    /// A VM of `cpus` processors that can do all that this engine can.
+    pub fn with_cpus(cpus: u32) -> Arc<Self> {
+        let model = CpuModel::new(&crate::cpuid::offer(), cpus, None);
+        Self::new(model.expect("only a baseline can lack something"))
     }
 
     /// Starts the alarms now, for a caller who can report that the host refuses.
@@ -54,9 +63,20 @@ impl Vm {
         &self.mailboxes
     }
 
-    /// Guest TSC minus host TSC with which all vCPUs start.
+    /// What CPUID shows.
+    pub fn model(&self) -> &CpuModel {
+        &self.model
+    }
+
+    /// The VM's clock, in ticks, minus host TSC: with it, all vCPUs' counters start.
     pub fn tsc_offset(&self) -> u64 {
-        self.tsc_offset
+        self.tsc_offset.load(Ordering::Relaxed)
+    }
+
+    /// Sets the VM's clock to `ns` nanoseconds at the host's TSC `host_tsc`.
+    pub fn set_clock(&self, ns: u64, host_tsc: u64) {
+        let offset = clock::ns_to_ticks(ns).wrapping_sub(host_tsc);
+        self.tsc_offset.store(offset, Ordering::Relaxed);
     }
 
     /// What vCPU `index` holds of the VM.
@@ -91,7 +111,7 @@ pub struct Shared {
 impl Default for Shared {
     /// The only vCPU of a VM.
     fn default() -> Self {
-        Vm::new(1).shared(0)
+        Vm::with_cpus(1).shared(0)
     }
 }
 
@@ -124,7 +144,7 @@ impl Shared {
 
     /// Nanoseconds from the Unix epoch to the VM's start, by the host's clock as it stands now.
     pub fn boot_time_ns(&self) -> u64 {
-        let since = clock::ticks_to_ns(clock::host_tsc().wrapping_add(self.vm.tsc_offset));
+        let since = clock::ticks_to_ns(clock::host_tsc().wrapping_add(self.vm.tsc_offset()));
         clock::real_time_ns().saturating_sub(since)
     }
 

@@ -2,7 +2,6 @@
 
 use super::descriptor::canonical;
 use crate::core::{Core, flag, gpr, seg};
-use crate::cpuid::features;
 use crate::fault::{Exec, vector};
 use crate::insn::{Insn, WIDE};
 use posada_engine::Segment;
@@ -41,7 +40,7 @@ impl Core {
 
 /// SYSCALL. In compatibility mode only AMD's processors have it.
 pub fn syscall(core: &mut Core, _: &Insn) -> Exec {
-    let compatible = core.bits64() || core.long_mode() && features().amd;
+    let compatible = core.bits64() || core.long_mode() && core.shared.vm().model().amd();
     if !compatible || core.msr.efer & SCE == 0 {
         return core.raise(vector::UD);
     }

@@ -107,7 +107,7 @@ fn the_task_priority_holds_interrupts_back() {
 #[test]
 fn only_the_end_of_a_level_reaches_the_machine() {
     let ends = Arc::new(Ends::default());
-    let vm = Vm::new(1);
+    let vm = Vm::with_cpus(1);
     let mut core = vcpu(&vm, 0, ends.clone());
     let signal = |data| {
         vm.signal_msi(Msi {
@@ -148,7 +148,7 @@ fn switching_off_by_software_masks_and_drops_but_keeps_what_came_before() {
 
 #[test]
 fn illegal_vectors_are_errors_of_the_sender_or_the_receiver() {
-    let vm = Vm::new(1);
+    let vm = Vm::with_cpus(1);
     let mut core = vcpu(&vm, 0, Arc::new(Ends::default()));
     write(&mut core, 0x300, SELF | 0xf);
     vm.signal_msi(Msi {
@@ -163,7 +163,7 @@ fn illegal_vectors_are_errors_of_the_sender_or_the_receiver() {
 
 #[test]
 fn interrupt_commands_reach_whom_they_name() {
-    let vm = Vm::new(4);
+    let vm = Vm::with_cpus(4);
     let mut cores: Vec<Core> = (0..4)
         .map(|index| vcpu(&vm, index, Arc::new(Ends::default())))
         .collect();
@@ -197,7 +197,7 @@ fn interrupt_commands_reach_whom_they_name() {
 
 #[test]
 fn x2apic_has_msrs_and_no_page() {
-    let mut core = vcpu(&Vm::new(4), 3, Arc::new(Ends::default()));
+    let mut core = vcpu(&Vm::with_cpus(4), 3, Arc::new(Ends::default()));
     assert!(core.lapic_read_msr(0x802).is_err(), "not in xAPIC mode");
     core.set_cr8(1);
     x2apic(&mut core);

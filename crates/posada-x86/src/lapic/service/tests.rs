@@ -53,7 +53,7 @@ fn ten_thousand_kicks_of_a_halted_vcpu_are_all_seen() {
 fn a_flood_of_posted_interrupts_loses_none() {
     const THREADS: usize = 4;
     const ROUNDS: u64 = 5_000;
-    let vm = Vm::new(1);
+    let vm = Vm::with_cpus(1);
     let mut core = vcpu(&vm, 0, Arc::new(Ends::default()));
     let counts: Arc<[AtomicU64; THREADS]> = Arc::default();
     let threads: Vec<_> = (0..THREADS)
@@ -167,7 +167,7 @@ fn a_period_of_a_nanosecond_neither_floods_nor_stops() {
 
 #[test]
 fn with_interrupts_off_only_nmi_init_and_kick_end_a_halt() {
-    let vm = Vm::new(1);
+    let vm = Vm::with_cpus(1);
     let mut core = vcpu(&vm, 0, Arc::new(Ends::default()));
     let mailbox = Arc::clone(core.shared.mailbox());
     core.halted = true;
@@ -206,7 +206,7 @@ fn nmis_are_blocked_until_iret() {
 
 #[test]
 fn init_and_sipi_start_another_processor_in_real_mode() {
-    let vm = Vm::new(2);
+    let vm = Vm::with_cpus(2);
     let mut boot = vcpu(&vm, 0, Arc::new(Ends::default()));
     let mut other = vcpu(&vm, 1, Arc::new(Ends::default()));
     other.wait_for_startup();
@@ -232,7 +232,7 @@ fn init_and_sipi_start_another_processor_in_real_mode() {
 
 #[test]
 fn a_vcpu_that_waits_for_sipi_hears_nothing_else() {
-    let vm = Vm::new(2);
+    let vm = Vm::with_cpus(2);
     let mut other = vcpu(&vm, 1, Arc::new(Ends::default()));
     other.wait_for_startup();
     let mailbox = Arc::clone(&vm.vcpus()[1]);
@@ -265,7 +265,7 @@ fn init_of_the_boot_processor_leads_to_the_reset_vector() {
 
 #[test]
 fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
-    let vm = Vm::new(2);
+    let vm = Vm::with_cpus(2);
     let mut first = vcpu(&vm, 0, Arc::new(Ends::default()));
     let mut second = vcpu(&vm, 1, Arc::new(Ends::default()));
     second.ram = Arc::clone(&first.ram);
@@ -302,7 +302,7 @@ fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
 
 #[test]
 fn two_that_serialise_at_once_answer_each_other() {
-    let vm = Vm::new(2);
+    let vm = Vm::with_cpus(2);
     let threads = [0, 1].map(|index| {
         let mut core = vcpu(&vm, index, Arc::new(Ends::default()));
         std::thread::spawn(move || {
