@@ -49,8 +49,7 @@ impl CodePage {
         self.version.load(Ordering::Acquire)
     }
 
-    /// Makes all that was decoded from the page invalid: a writer may have gone past [`CodeMap::written`].
-    pub fn invalidate(&self) {
+    fn invalidate(&self) {
         self.granules.swap(0, Ordering::SeqCst);
         self.version.fetch_add(1, Ordering::SeqCst);
     }
@@ -70,6 +69,7 @@ impl CodePage {
 pub struct CodeMap {
     pages: *mut CodePage,
     count: u64,
+    changes: AtomicU64,
 }
 
 // SAFETY: the records are atomics in a mapping that lives as long as the value.
@@ -98,6 +98,7 @@ impl CodeMap {
         Ok(Self {
             pages: pages.cast(),
             count,
+            changes: AtomicU64::new(0),
         })
     }
 
@@ -113,6 +114,18 @@ impl CodeMap {
         unsafe { &*self.pages.add(index as usize) }
     }
 
+    /// How often any page's version was raised: while this stands, all versions do.
+    #[inline]
+    pub fn changes(&self) -> u64 {
+        self.changes.load(Ordering::Acquire)
+    }
+
+    /// Makes all that was decoded from the page that holds `gpa` invalid: a writer may have gone past [`CodeMap::written`].
+    pub fn invalidate(&self, gpa: u64) {
+        self.page(gpa).invalidate();
+        self.changes.fetch_add(1, Ordering::SeqCst);
+    }
+
     /// To be called after every store of `length` bytes to RAM that bypasses [`crate::GuestRam::memory`]; true if code
     /// was hit.
     pub fn written(&self, gpa: u64, length: u64) -> bool {
@@ -123,6 +136,9 @@ impl CodeMap {
             let next = (at / crate::PAGE_SIZE + 1) * crate::PAGE_SIZE;
             hit |= self.page(at).written(at % crate::PAGE_SIZE, next.min(end) - at);
             at = next;
+        }
+        if hit {
+            self.changes.fetch_add(1, Ordering::SeqCst);
         }
         hit
     }

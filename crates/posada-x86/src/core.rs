@@ -6,6 +6,8 @@ use crate::lapic::Lapic;
 use crate::native::Native;
 use crate::shared::Shared;
 use crate::tlb::Mmu;
+use crate::translate::Translator;
+use crate::translate::frame::Frame;
 use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment, Xsave};
 use posada_memory::GuestRam;
 use std::sync::Arc;
@@ -206,6 +208,10 @@ pub struct Core {
     pub cache: Cache,
     /// PAUSE instructions executed.
     pub pauses: u32,
+    /// What translated code finds of its own.
+    pub frame: Frame,
+    /// Runs hot code faster, if it is there.
+    pub translator: Option<Box<Translator>>,
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
     /// The machine around.
@@ -250,6 +256,8 @@ impl Core {
             debug_passed: None,
             cache: Cache::default(),
             pauses: 0,
+            frame: Frame::default(),
+            translator: None,
             ram,
             machine,
             shared,

@@ -10,6 +10,7 @@ use crate::core::{CodeSize, Core, flag, seg};
 use crate::decode::{self, Decoded, MAX_LENGTH};
 use crate::fault::{Exception, Exec, vector};
 use crate::insn::Insn;
+use crate::translate::Ran;
 use posada_memory::CodePage;
 
 /// Decoded instructions kept: 2 MiB.
@@ -147,6 +148,7 @@ fn copy_code(host: *const u8, offset: usize, bytes: &mut [u8]) {
 impl Core {
     /// Runs guest code until there is a reason to stop; see [`Stop`]. Exceptions are delivered to the guest on the way.
     pub fn execute(&mut self) -> Stop {
+        self.activate_translator();
         loop {
             if self.halted || self.shut_down {
                 return Stop::Pending;
@@ -169,6 +171,14 @@ impl Core {
                 continue;
             }
             if self.bits64() {
+                match self.run_translated() {
+                    Ran::Nothing => {}
+                    Ran::Some => continue,
+                    Ran::Interpret => {
+                        self.interpret_one();
+                        continue;
+                    }
+                }
                 let jump = &self.cache.jumps[Self::jump_slot(self.rip())];
                 let here = jump.context == GLOBALLY || jump.context == self.mmu.generation().context;
                 if jump.rip == self.rip() && jump.tag == self.jump_tag() && here {
@@ -262,9 +272,27 @@ impl Core {
             // Another processor may have changed the code of a loop that waits for just that.
             // SAFETY: the record belongs to this Core's guest RAM.
             let changed = unsafe { (*page).version() } != block.version;
-            if self.rip() != start || self.stop_at == 0 || changed || self.shared.pending() {
+            let counted = self.translator.is_some();
+            if self.rip() != start || self.stop_at == 0 || changed || counted || self.shared.pending() {
                 return;
             }
+        }
+    }
+
+    /// One instruction amid translated code. Exceptions are delivered.
+    pub(crate) fn interpret_one(&mut self) {
+        let result = match self.find_block() {
+            Ok(Some(block)) => {
+                let insn = self.cache.insns[block.position as usize % INSNS];
+                self.set_rip(self.rip().wrapping_add(insn.length.into()));
+                self.instructions += 1;
+                (insn.exec)(self, &insn).inspect_err(|_| self.take_back(&insn))
+            }
+            Ok(None) => self.step(),
+            Err(raised) => Err(raised),
+        };
+        if result.is_err() {
+            self.deliver_raised();
         }
     }
 

@@ -30,6 +30,7 @@ pub mod strings;
 pub mod system;
 pub mod tlb;
 pub mod transfer;
+pub mod translate;
 pub mod walk;
 pub mod xsave;
 

@@ -353,6 +353,21 @@ impl Core {
         self.mmu.entry(self.fetch_table(), linear).gpa & GLOBAL != 0
     }
 
+    /// log2 of the size of the page of code at `linear`, which was just fetched from.
+    pub(crate) fn fetched_shift(&self, linear: u64) -> u8 {
+        (self.mmu.entry(self.fetch_table(), linear).gpa & 0x3f) as u8
+    }
+
+    /// After a translated access found no tag: fills the slot. False if that does not help: the access faults, is not to
+    /// RAM, writes to a page with code, or crosses the page's end, as its tag is there.
+    pub(crate) fn fill_for_translated(&mut self, linear: u64, write: bool) -> bool {
+        let known = |core: &Self| {
+            let entry = core.mmu.entry(core.mmu.active, linear);
+            (linear ^ if write { entry.write } else { entry.read }) < 4096
+        };
+        !known(self) && self.look_up(self.mmu.active, linear, write).is_ok() && known(self)
+    }
+
     /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, DR7, the segments, the system flags and the debugger's
     /// wishes: to be called after any change.
     pub fn update_mode(&mut self) {

@@ -49,8 +49,8 @@ pub struct Generation {
 
 /// Soft TLBs.
 pub struct Mmu {
-    /// All tables, one after another.
-    entries: Box<[Entry]>,
+    /// All tables, one after another, in place: translated code finds them at a fixed distance from the Core's start.
+    pub(crate) entries: [Entry; TABLES * ENTRIES],
     /// Slots in use (those whose entry has a host address), so that a flush costs what was used.
     filled: Vec<u16>,
     /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed
@@ -69,7 +69,7 @@ unsafe impl Send for Mmu {}
 impl Default for Mmu {
     fn default() -> Self {
         Self {
-            entries: (0..TABLES * ENTRIES).map(Entry::empty).collect(),
+            entries: std::array::from_fn(Entry::empty),
             filled: Vec::new(),
             large: [0; 16],
             huge: 0,
@@ -187,7 +187,7 @@ impl Mmu {
             let entry = &mut self.entries[usize::from(slot)];
             if entry.write != never && code.page(entry.gpa).has_code() {
                 entry.write = never;
-                code.page(entry.gpa).invalidate();
+                code.invalidate(entry.gpa);
             }
         }
     }

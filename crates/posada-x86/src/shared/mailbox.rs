@@ -35,7 +35,8 @@ const ASLEEP: u32 = 1 << 30;
 /// The vCPU is outside `run`.
 const AWAY: u32 = 1 << 31;
 
-const WORK: u32 = !(ASLEEP | AWAY);
+/// Bits of the word that ask for something.
+pub(crate) const WORK: u32 = !(ASLEEP | AWAY);
 const AWAKENING: u32 = WORK & !CODE;
 
 /// What the local APIC lets others know, to find the destinations of their interrupts.
@@ -107,6 +108,11 @@ impl Mailbox {
     #[inline(always)]
     pub(crate) fn pending(&self) -> bool {
         self.events.load(Ordering::Relaxed) & WORK != 0
+    }
+
+    /// Address of the word whose [`WORK`] bits are [`Mailbox::pending`], for translated code.
+    pub(crate) fn events_address(&self) -> u64 {
+        self.events.as_ptr() as u64
     }
 
     /// Sets event bits, and wakes the vCPU.

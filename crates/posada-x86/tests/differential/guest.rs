@@ -6,6 +6,7 @@ use crate::state::{Case, End, Outcome, area};
 use posada_engine::{DescriptorTable, NoDevices, Segment};
 use posada_memory::GuestRam;
 use posada_x86::core::{Core, seg};
+use posada_x86::translate::{Ran, Translator};
 use std::sync::Arc;
 
 /// Guest physical places: page tables, then the windows' pages.
@@ -26,6 +27,7 @@ pub struct Guest {
 }
 
 impl Guest {
+    /// An interpreting processor.
     pub fn new() -> Self {
         let ram = Arc::new(GuestRam::new(1 << 20).expect("a mebibyte of guest RAM"));
         let host = |gpa| ram.host(gpa, PAGE).expect("inside guest RAM");
@@ -61,6 +63,14 @@ impl Guest {
         Self { core, memory }
     }
 
+    /// One that translates all it can.
+    pub fn translating() -> Self {
+        let mut guest = Self::new();
+        let translator = Translator::new().expect("memory for code");
+        guest.core.translator = Some(Box::new(translator.eager()));
+        guest
+    }
+
     /// Runs a case as the child does.
     pub fn run(&mut self, case: &Case, outcome: &mut Outcome) {
         self.memory.prepare(case);
@@ -69,7 +79,13 @@ impl Guest {
         let exits = case.exits();
         (outcome.vector, outcome.error, outcome.address) = (0, 0, 0);
         outcome.end = End::Died;
+        let at_exit = |core: &Core| exits.clone().any(|exit| exit == core.rip());
         for _ in 0..STEPS {
+            self.core.activate_translator();
+            if self.core.run_translated() != Ran::Nothing && at_exit(&self.core) {
+                outcome.end = End::Retired;
+                break;
+            }
             if self.core.step().is_err() {
                 let raised = &self.core.raised;
                 outcome.end = End::Raised;
@@ -78,7 +94,7 @@ impl Guest {
                 outcome.address = if raised.vector == 14 { raised.address } else { 0 };
                 break;
             }
-            if exits.clone().any(|exit| exit == self.core.rip()) {
+            if at_exit(&self.core) {
                 outcome.end = End::Retired;
                 break;
             }

@@ -21,6 +21,7 @@ mod trampoline;
 mod undefined;
 mod values;
 
+use guest::Guest;
 use run::Runner;
 use std::time::{Duration, Instant};
 
@@ -38,7 +39,16 @@ fn variable(name: &str) -> Option<u64> {
 
 #[test]
 fn differential_quick() {
-    let mut runner = Runner::new();
+    quick(Guest::new);
+}
+
+#[test]
+fn translated_quick() {
+    quick(Guest::translating);
+}
+
+fn quick(make: fn() -> Guest) {
+    let mut runner = Runner::new(make);
     let wanted = std::env::var("POSADA_FORM").ok();
     let seed = variable("POSADA_SEED");
     for index in 0..runner.forms.len() {
@@ -62,7 +72,7 @@ fn differential_soak() {
     let clock = std::time::UNIX_EPOCH.elapsed().map_or(1, |time| time.as_secs());
     let mut seed = variable("POSADA_SEED").unwrap_or(clock << 24);
     println!("soak for {} s from seed {seed}", limit.as_secs());
-    let mut runner = Runner::new();
+    let mut runner = Runner::new(Guest::new);
     while start.elapsed() < limit {
         for index in 0..runner.forms.len() {
             runner.batch(index, seed, 64);

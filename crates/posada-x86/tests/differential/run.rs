@@ -24,6 +24,7 @@ pub struct Runner {
     generator: Generator,
     native: Native,
     guest: Guest,
+    make: fn() -> Guest,
     outcome: Box<Outcome>,
     cases: u64,
     mismatches: BTreeMap<u32, Mismatches>,
@@ -32,7 +33,8 @@ pub struct Runner {
 }
 
 impl Runner {
-    pub fn new() -> Self {
+    /// Against this software CPU, which `guest` makes.
+    pub fn new(make: fn() -> Guest) -> Self {
         let (forms, skipped) = forms::all();
         let show = std::env::var("POSADA_SHOW").ok().and_then(|value| value.parse().ok());
         Self {
@@ -40,7 +42,8 @@ impl Runner {
             forms,
             skipped: skipped.len(),
             native: Native::new(),
-            guest: Guest::new(),
+            guest: make(),
+            make,
             outcome: Box::new(Outcome::EMPTY),
             cases: 0,
             mismatches: BTreeMap::new(),
@@ -65,7 +68,7 @@ impl Runner {
             let (guest, outcome) = (&mut self.guest, &mut self.outcome);
             if catch_unwind(AssertUnwindSafe(|| guest.run(case, outcome))).is_err() {
                 self.outcome.end = End::Died;
-                self.guest = Guest::new();
+                self.guest = (self.make)();
             }
             self.cases += 1;
             let differences = compare::differences(case, native, &self.outcome);

@@ -1,0 +1,187 @@
+//! Translated blocks: found by where they lie and in which mode they run, linked to each other, forgotten with their page.
+
+use super::cache::CodeCache;
+use super::emit::Mark;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// What a block is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    /// RIP, which the code contains.
+    pub rip: u64,
+    /// Guest physical page, and in the low bits all else that the code depends on.
+    pub page: u64,
+}
+
+impl Key {
+    /// A key; `mode` as [`super::frame::mode`] numbers it, `blocked` from [`crate::core::Core::fpu_blocked`].
+    pub fn new(rip: u64, page: u64, mode: usize, shift: u8, blocked: u8) -> Self {
+        debug_assert!(page & 0xfff == 0);
+        Self {
+            rip,
+            page: page | mode as u64 | u64::from(shift & 0x1f) << 2 | u64::from(blocked & 0xf) << 7,
+        }
+    }
+
+    /// The guest physical page.
+    pub fn page(&self) -> u64 {
+        self.page & !0xfff
+    }
+
+    /// A number to tell keys apart by.
+    pub fn mixed(&self) -> u64 {
+        (self.rip ^ self.page.rotate_left(20)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
+}
+
+/// A hasher for keys: they are no one's to choose but the guest's, for its own code.
+#[derive(Default)]
+pub struct Mixer(u64);
+
+impl Hasher for Mixer {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+
+    fn write(&mut self, bytes: &[u8]) {
+        for &byte in bytes {
+            self.write_u64(byte.into());
+        }
+    }
+
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(26) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 32;
+    }
+}
+
+/// A map by keys.
+pub type Map<K, V> = HashMap<K, V, BuildHasherDefault<Mixer>>;
+
+/// A direct branch of a block.
+#[derive(Clone, Copy, Debug)]
+pub struct Branch {
+    /// Address of its exit.
+    pub exit: u64,
+    /// Address of its rel32.
+    pub site: u64,
+}
+
+/// One translated block.
+pub struct Block {
+    /// What it is for.
+    pub key: Key,
+    /// Address of its code, which compares R10 with RIP first.
+    pub start: u64,
+    /// Address of the code behind that.
+    pub entry: u64,
+    /// Version of its page when it was read.
+    pub version: u32,
+    marks: Box<[Mark]>,
+    branches: Box<[Branch]>,
+    /// Branches that lead here.
+    incoming: Vec<Branch>,
+}
+
+impl Block {
+    /// A block that nothing leads to yet.
+    pub fn new(key: Key, start: u64, entry: u64, version: u32, marks: &[Mark], branches: Box<[Branch]>) -> Self {
+        Self {
+            key,
+            start,
+            entry,
+            version,
+            marks: marks.into(),
+            branches,
+            incoming: Vec::new(),
+        }
+    }
+}
+
+/// The blocks of one cache.
+#[derive(Default)]
+pub struct Blocks {
+    /// In the order of their code.
+    blocks: Vec<Block>,
+    by_key: Map<Key, u32>,
+    by_page: Map<u64, Vec<u32>>,
+}
+
+impl Blocks {
+    /// The block for a key.
+    pub fn find(&self, key: &Key) -> Option<u32> {
+        self.by_key.get(key).copied()
+    }
+
+    /// A block by its number.
+    pub fn get(&self, number: u32) -> &Block {
+        &self.blocks[number as usize]
+    }
+
+    /// Adds a block; its code lies behind that of all others.
+    pub fn add(&mut self, block: Block) -> u32 {
+        debug_assert!(self.blocks.last().is_none_or(|last| last.start < block.start));
+        let number = self.blocks.len() as u32;
+        self.by_key.insert(block.key, number);
+        self.by_page.entry(block.key.page()).or_default().push(number);
+        self.blocks.push(block);
+        number
+    }
+
+    /// The block whose code is at `address`.
+    fn at(&self, address: u64) -> &Block {
+        let number = self.blocks.partition_point(|block| block.start <= address);
+        &self.blocks[number - 1]
+    }
+
+    /// RIP of the instruction whose code is at `address`, and whether the Core holds the flags there.
+    pub fn instruction(&self, address: u64) -> (u64, bool) {
+        let block = self.at(address);
+        let offset = (address - block.start) as u32;
+        let number = block.marks.partition_point(|mark| mark.code <= offset);
+        let mark = block.marks[number.saturating_sub(1)];
+        (block.key.rip.wrapping_add(mark.guest.into()), mark.saved)
+    }
+
+    /// Lets the branch whose exit is at `exit` lead to a block.
+    pub fn link(&mut self, exit: u64, target: u32, cache: &mut CodeCache) {
+        let branch = self.at(exit).branches.iter().find(|branch| branch.exit == exit);
+        let Some(&branch) = branch else {
+            return;
+        };
+        let target = &mut self.blocks[target as usize];
+        cache.patch(branch.site, target.entry);
+        target.incoming.push(branch);
+    }
+
+    /// Forgets the blocks of each page whose version is another than `version` says. True if there were any.
+    pub fn forget_stale(&mut self, version: impl Fn(u64) -> u32, cache: &mut CodeCache) -> bool {
+        let (blocks, by_key) = (&mut self.blocks, &mut self.by_key);
+        let mut any = false;
+        self.by_page.retain(|&page, numbers| {
+            let now = version(page);
+            numbers.retain(|&number| {
+                let block = &mut blocks[number as usize];
+                if block.version == now {
+                    return true;
+                }
+                any = true;
+                for branch in std::mem::take(&mut block.incoming) {
+                    cache.patch(branch.site, branch.exit);
+                }
+                if by_key.get(&block.key) == Some(&number) {
+                    by_key.remove(&block.key);
+                }
+                false
+            });
+            !numbers.is_empty()
+        });
+        any
+    }
+
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        *self = Self::default();
+    }
+}

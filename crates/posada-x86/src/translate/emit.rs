@@ -1,0 +1,714 @@
+//! Makes the code of a block.
+//!
+//! Registers are the guest's, but for R10 and R11; so are the flags, unless they were saved to the Core because a check was
+//! about to destroy them ([`Emitter::saved`]); they return before the next instruction that wants them. Between two
+//! instructions the guest's state is therefore complete, and within one it changes in its last step only.
+
+use super::assembler::{Assembler, Hole, R10, R11, condition};
+use super::frame::{self, Table};
+use super::operation::{Kind, Memory, Operation, SCRATCH};
+use super::region::{End, Region};
+use super::stubs::{Leave, Stubs};
+use crate::shared::mailbox;
+
+const RAX: u8 = 0;
+const RCX: u8 = 1;
+const RSP: u8 = 4;
+const RBP: u8 = 5;
+
+/// From here on in the code, the instruction at this offset from the block's start runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Mark {
+    /// Offset in the code.
+    pub code: u32,
+    /// Offset from the block's RIP.
+    pub guest: u16,
+    /// The Core has the flags.
+    pub saved: bool,
+}
+
+/// A direct branch that may be led straight to its target.
+#[derive(Clone, Copy, Debug)]
+pub struct Link {
+    /// Offset of its exit, where it leads now.
+    pub exit: u32,
+    /// Offset of its rel32.
+    pub site: u32,
+}
+
+/// Code that runs seldom, put behind the block.
+enum Cold {
+    /// A check failed; where to try again, and the tag.
+    Miss {
+        hole: Hole,
+        retry: usize,
+        tag: usize,
+        write: bool,
+    },
+    /// To the interpreter, or out for events.
+    Leave {
+        hole: Hole,
+        rip: u64,
+        reason: Leave,
+        saved: bool,
+    },
+    /// The exit of a direct branch inside what is mapped together.
+    Chain { hole: Hole, target: u64 },
+    /// The exit of one that leads elsewhere.
+    Far { hole: Hole, target: u64 },
+    /// Vector registers are not there yet.
+    Vectors { hole: Hole, back: usize },
+}
+
+/// Turns regions into code.
+#[derive(Default)]
+pub struct Emitter {
+    /// The code.
+    pub assembler: Assembler,
+    /// The side table.
+    pub marks: Vec<Mark>,
+    /// Direct branches.
+    pub links: Vec<Link>,
+    /// Offset of the code behind the comparison of RIP.
+    pub entry: usize,
+    cold: Vec<Cold>,
+    stubs: Stubs,
+    table: Option<Table>,
+    jumps: usize,
+    jump_mask: u32,
+    /// RIP of the block, and log2 of the size of the page it lies in.
+    start: u64,
+    shift: u8,
+    rip: u64,
+    /// The flags are in the Core, not in the processor.
+    saved: bool,
+    vectors: bool,
+    exact: bool,
+}
+
+/// What a block is made for.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// RIP.
+    pub rip: u64,
+    /// Mode, as [`frame::mode`] numbers it.
+    pub mode: usize,
+    /// log2 of the size of the page it lies in.
+    pub shift: u8,
+}
+
+impl Emitter {
+    /// An emitter of code that uses these stubs.
+    pub fn new(stubs: Stubs, bmi2: bool, jump_mask: u32) -> Self {
+        let mut emitter = Self {
+            stubs,
+            jump_mask,
+            ..Self::default()
+        };
+        emitter.assembler.bmi2 = bmi2;
+        emitter
+    }
+
+    /// Makes the code of a region, to run at `address`.
+    pub fn emit(&mut self, region: &Region, place: Place, address: u64) {
+        self.assembler.begin(address);
+        self.marks.clear();
+        self.links.clear();
+        self.cold.clear();
+        (self.table, self.jumps) = (Some(frame::table(place.mode)), frame::jumps(place.mode));
+        (self.start, self.rip, self.shift) = (place.rip, place.rip, place.shift);
+        (self.saved, self.vectors, self.exact) = (false, false, region.exact);
+        self.compare_rip(region.live[0] != 0);
+        self.entry = self.assembler.here();
+        let poll = self.poll_at(region);
+        for (at, &(rip, operation)) in region.operations.iter().enumerate() {
+            self.rip = rip;
+            self.mark();
+            if poll == Some(at) {
+                self.poll(region.live[at] != 0);
+            }
+            if operation.vector && !self.vectors {
+                self.want_vectors(region.live[at] != 0);
+            }
+            self.operation(&operation, region.live[at], region.live[at + 1]);
+        }
+        if let End::Interpret(rip) | End::Next(rip) = region.end() {
+            self.rip = rip;
+            self.restore();
+            self.mark();
+            match region.end() {
+                End::Next(_) => {
+                    let hole = self.assembler.jump();
+                    self.exit(hole, rip);
+                }
+                _ => self.leave(rip, Leave::Interpret),
+            }
+        }
+        self.finish();
+    }
+
+    /// Where to look at events: a place where flags are dead, in blocks that may be part of a loop.
+    fn poll_at(&self, region: &Region) -> Option<usize> {
+        let loops = region.operations.iter().any(|&(rip, operation)| match operation.kind {
+            Kind::Jump(target) | Kind::Branch(_, target) | Kind::Count(_, target) => target <= rip,
+            Kind::Call(_) | Kind::CallRegister(_) | Kind::CallMemory(_) | Kind::Return(_) => true,
+            Kind::JumpRegister(_) | Kind::JumpMemory(_) => true,
+            _ => false,
+        });
+        loops.then(|| {
+            region.live[..region.operations.len()]
+                .iter()
+                .position(|&live| live == 0)
+                .unwrap_or(0)
+        })
+    }
+
+    fn mark(&mut self) {
+        self.marks.push(Mark {
+            code: self.assembler.here() as u32,
+            guest: self.rip.wrapping_sub(self.start) as u16,
+            saved: self.saved,
+        });
+    }
+
+    /// Code that goes on only if R10 is the block's RIP.
+    fn compare_rip(&mut self, live: bool) {
+        let a = &mut self.assembler;
+        let unknown = self.stubs.leave[Leave::Unknown as usize];
+        if live {
+            a.copy(R11, RCX);
+            a.constant(RCX, self.start.wrapping_neg());
+            // lea rcx, [rcx + r10]; jrcxz over the next two
+            a.bytes(&[0x4a, 0x8d, 0x0c, 0x11, 0xe3, 8]);
+            a.copy(RCX, R11);
+            a.jump_to(unknown);
+            a.copy(RCX, R11);
+            return;
+        }
+        match i32::try_from(self.start as i64) {
+            Ok(start) => a.compare_r10(start),
+            Err(_) => {
+                a.constant(R11, self.start);
+                a.compare_scratch();
+            }
+        }
+        let hole = a.branch(condition::NE);
+        a.aim(hole, unknown);
+    }
+
+    /// Before the flags are destroyed: puts them into the Core if somebody wants them.
+    fn save(&mut self, live: bool) {
+        if live && !self.saved {
+            let a = &mut self.assembler;
+            a.copy(R11, RAX);
+            a.flags_to_ax();
+            a.store_ax(frame::ARITHMETIC);
+            a.copy(RAX, R11);
+            self.saved = true;
+            self.mark();
+        }
+    }
+
+    /// Gives the processor the guest's flags back. R11 is lost.
+    fn restore(&mut self) {
+        if self.saved {
+            self.load_flags();
+            self.saved = false;
+            self.mark();
+        }
+    }
+
+    /// Before a branch: gives the flags back if somebody wants them.
+    fn settle(&mut self, live: bool) {
+        if live {
+            self.restore();
+        }
+        self.saved = false;
+    }
+
+    fn load_flags(&mut self) {
+        let a = &mut self.assembler;
+        a.copy(R11, RAX);
+        a.load_ax(frame::ARITHMETIC);
+        a.flags_from_ax();
+        a.copy(RAX, R11);
+    }
+
+    fn poll(&mut self, live: bool) {
+        self.save(live);
+        let a = &mut self.assembler;
+        a.load(R11, frame::EVENTS);
+        a.test_at_r11(mailbox::WORK);
+        let hole = a.branch(condition::NE);
+        self.cold.push(Cold::Leave {
+            hole,
+            rip: self.rip,
+            reason: Leave::Poll,
+            saved: self.saved,
+        });
+    }
+
+    fn want_vectors(&mut self, live: bool) {
+        self.save(live);
+        let a = &mut self.assembler;
+        a.compare_byte_zero(frame::VECTORS_LIVE);
+        let hole = a.branch(condition::E);
+        let back = a.here();
+        self.cold.push(Cold::Vectors { hole, back });
+        self.vectors = true;
+    }
+
+    /// Leaves for `rip`, here.
+    fn leave(&mut self, rip: u64, reason: Leave) {
+        self.assembler.constant(R10, rip);
+        self.assembler.jump_to(self.stubs.leave[reason as usize]);
+    }
+
+    /// The linear address of an operand into R10.
+    fn address(&mut self, memory: &Memory) {
+        let a = &mut self.assembler;
+        if memory.base.is_none() && memory.index.is_none() {
+            a.constant(R10, memory.displacement);
+        } else {
+            let used = [memory.base, memory.index];
+            for register in SCRATCH {
+                if used.contains(&Some(register)) {
+                    a.load(register, frame::reg(register));
+                }
+            }
+            a.lea(R10, memory);
+        }
+        if let Some(segment) = memory.segment {
+            a.load(R11, frame::segment_base(segment));
+            // lea r10, [r10 + r11]
+            a.bytes(&[0x4f, 0x8d, 0x14, 0x1a]);
+        }
+    }
+
+    /// From the linear address in R10 to the host's, if the soft TLB knows it. The flags are lost.
+    fn check(&mut self, size: u8, write: bool) {
+        let table = self.table.expect("set by emit");
+        let tag = if write { table.write } else { table.read };
+        let a = &mut self.assembler;
+        let retry = a.here();
+        a.page_bits();
+        a.mask_r11(frame::INDEX_MASK);
+        a.xor_tag(tag);
+        a.compare_r10(4096 - i32::from(size));
+        let hole = a.branch(condition::A);
+        a.add_host(table.host);
+        self.cold.push(Cold::Miss {
+            hole,
+            retry,
+            tag,
+            write,
+        });
+    }
+
+    /// Host address of an operand into R10.
+    fn access(&mut self, memory: &Memory) {
+        self.address(memory);
+        self.check(memory.size, memory.write);
+        if memory.locked && memory.size > 1 {
+            // What may cross a cache line is the interpreter's: the host may forbid it.
+            self.assembler.test_r10(memory.size.next_power_of_two() - 1);
+            let hole = self.assembler.branch(condition::NE);
+            self.cold.push(Cold::Leave {
+                hole,
+                rip: self.rip,
+                reason: Leave::Interpret,
+                saved: self.saved,
+            });
+        }
+    }
+
+    fn push_address(&mut self) {
+        self.assembler.add(R10, RSP, -8);
+        self.check(8, true);
+    }
+
+    fn operation(&mut self, operation: &Operation, before: u8, after: u8) {
+        let checks = !matches!(
+            operation.kind,
+            Kind::Copy
+                | Kind::Nothing
+                | Kind::Address { .. }
+                | Kind::Jump(_)
+                | Kind::JumpRegister(_)
+                | Kind::Branch(..)
+                | Kind::Count(..)
+        );
+        if checks {
+            self.save(before != 0);
+        }
+        // What is kept of the flags must be in the processor when the rest changes.
+        let merges = operation.changes != 0 && after & !operation.replaces != 0;
+        let wants = operation.reads != 0 || merges;
+        match operation.kind {
+            Kind::Copy => {
+                if wants {
+                    self.restore();
+                }
+                self.with_scratch(operation);
+            }
+            Kind::Access(memory) => {
+                self.access(&memory);
+                if wants {
+                    self.restore();
+                }
+                self.accessing(operation);
+            }
+            Kind::Address { register, size, memory } => self.compute(register, size, &memory),
+            Kind::Nothing | Kind::Interpret => {}
+            Kind::Push(register) => {
+                self.push_address();
+                let from = self.value(register);
+                self.assembler.store_at(R10, from);
+                self.assembler.add(RSP, RSP, -8);
+            }
+            Kind::PushImmediate(value) => {
+                self.push_address();
+                self.assembler.store_constant_at(R10, value);
+                self.assembler.add(RSP, RSP, -8);
+            }
+            Kind::PushMemory(memory) => {
+                self.load_operand(&memory);
+                self.push_address();
+                self.assembler.load(R11, frame::TEMPORARY);
+                self.assembler.store_at(R10, R11);
+                self.assembler.add(RSP, RSP, -8);
+            }
+            Kind::Pop(register) => {
+                self.assembler.copy(R10, RSP);
+                self.check(8, false);
+                if SCRATCH.contains(&register) {
+                    self.assembler.load_at(R11, R10);
+                    self.assembler.store(frame::reg(register), R11);
+                } else {
+                    self.assembler.load_at(register, R10);
+                }
+                if register != RSP {
+                    self.assembler.add(RSP, RSP, 8);
+                }
+            }
+            Kind::Leave => {
+                self.assembler.copy(R10, RBP);
+                self.check(8, false);
+                self.assembler.add(RSP, RBP, 8);
+                self.assembler.load_at(RBP, R10);
+            }
+            _ => self.control(operation, before != 0),
+        }
+        if operation.changes != 0 && !matches!(operation.kind, Kind::Interpret) && self.saved {
+            // They were dead but for what changed now.
+            self.saved = false;
+            self.mark();
+        }
+    }
+
+    fn control(&mut self, operation: &Operation, live: bool) {
+        let next = self.rip.wrapping_add(operation.length.into());
+        match operation.kind {
+            Kind::Jump(target) => {
+                self.settle(live);
+                let hole = self.assembler.jump();
+                self.exit(hole, target);
+            }
+            Kind::Branch(code, target) => {
+                self.settle(live);
+                let hole = self.assembler.branch(code);
+                self.exit(hole, target);
+            }
+            Kind::Count(opcode, target) => {
+                self.settle(live);
+                // Taken: over the jump that leads past the exit.
+                self.assembler.bytes(&[opcode, 2, 0xeb, 5]);
+                let hole = self.assembler.jump();
+                self.exit(hole, target);
+            }
+            Kind::Call(target) => {
+                self.push_address();
+                self.push_next(next);
+                self.settle(live);
+                let hole = self.assembler.jump();
+                self.exit(hole, target);
+            }
+            Kind::CallRegister(register) => {
+                let from = self.value(register);
+                self.assembler.copy(R10, from);
+                self.canonical(live);
+                self.assembler.store(frame::TEMPORARY, R10);
+                self.push_address();
+                self.push_next(next);
+                self.jump_temporary(live);
+            }
+            Kind::CallMemory(memory) => {
+                self.load_operand(&memory);
+                self.canonical(live);
+                self.push_address();
+                self.push_next(next);
+                self.jump_temporary(live);
+            }
+            Kind::JumpRegister(register) => {
+                let from = self.value(register);
+                self.assembler.copy(R10, from);
+                self.canonical(live);
+                self.settle(live);
+                self.jump_r10();
+            }
+            Kind::JumpMemory(memory) => {
+                self.access(&memory);
+                self.assembler.load_at(R10, R10);
+                self.canonical(live);
+                self.settle(live);
+                self.jump_r10();
+            }
+            Kind::Return(drop) => {
+                self.assembler.copy(R10, RSP);
+                self.check(8, false);
+                self.assembler.load_at(R10, R10);
+                self.canonical(live);
+                self.assembler.add(RSP, RSP, 8 + i32::from(drop));
+                self.settle(live);
+                self.jump_r10();
+            }
+            _ => unreachable!("{:?} is no branch", operation.kind),
+        }
+    }
+
+    /// A register's value in a register: R11 for what the Core holds.
+    fn value(&mut self, register: u8) -> u8 {
+        if SCRATCH.contains(&register) {
+            self.assembler.load(R11, frame::reg(register));
+            return R11;
+        }
+        register
+    }
+
+    /// Eight bytes of memory into the frame.
+    fn load_operand(&mut self, memory: &Memory) {
+        self.access(memory);
+        self.assembler.load_at(R10, R10);
+        self.assembler.store(frame::TEMPORARY, R10);
+    }
+
+    /// Stores a return address at R10 and moves RSP.
+    fn push_next(&mut self, next: u64) {
+        match i32::try_from(next as i64) {
+            Ok(next) => self.assembler.store_constant_at(R10, next),
+            Err(_) => {
+                self.assembler.constant(R11, next);
+                self.assembler.store_at(R10, R11);
+            }
+        }
+        self.assembler.add(RSP, RSP, -8);
+    }
+
+    fn jump_temporary(&mut self, live: bool) {
+        self.settle(live);
+        self.assembler.load(R10, frame::TEMPORARY);
+        self.jump_r10();
+    }
+
+    /// A branch to R10 faults at the branch itself if the address is not canonical. Otherwise the fault comes at the target.
+    fn canonical(&mut self, live: bool) {
+        if self.exact {
+            self.save(live);
+            let a = &mut self.assembler;
+            a.copy(R11, R10);
+            // shl r11, 16; sar r11, 16
+            a.bytes(&[0x49, 0xc1, 0xe3, 16, 0x49, 0xc1, 0xfb, 16]);
+            a.compare_scratch();
+            let hole = a.branch(condition::NE);
+            self.cold.push(Cold::Leave {
+                hole,
+                rip: self.rip,
+                reason: Leave::Interpret,
+                saved: self.saved,
+            });
+        }
+    }
+
+    /// To the guest's code at R10, through the jump cache.
+    fn jump_r10(&mut self) {
+        self.assembler.jump_index(frame::JUMP_MASK);
+        self.assembler.jump_indexed(self.jumps);
+    }
+
+    /// The way on to `target` from a jump: straight, if source and target are mapped together.
+    fn exit(&mut self, hole: Hole, target: u64) {
+        if target == self.start {
+            self.assembler.fill(hole, self.entry);
+        } else if (target ^ self.start) >> self.shift == 0 {
+            self.cold.push(Cold::Chain { hole, target });
+        } else {
+            self.cold.push(Cold::Far { hole, target });
+        }
+    }
+
+    fn with_scratch(&mut self, operation: &Operation) {
+        for (bit, register) in SCRATCH.into_iter().enumerate() {
+            if operation.scratch >> bit & 1 != 0 {
+                self.assembler.load(register, frame::reg(register));
+            }
+        }
+        self.assembler.bytes(&operation.bytes[..usize::from(operation.length)]);
+        self.store_scratch(operation);
+    }
+
+    fn store_scratch(&mut self, operation: &Operation) {
+        for (bit, register) in SCRATCH.into_iter().enumerate() {
+            if operation.scratch >> bit & 4 != 0 {
+                self.assembler.store(frame::reg(register), register);
+            }
+        }
+    }
+
+    /// The guest's instruction with its operand at R10.
+    fn accessing(&mut self, operation: &Operation) {
+        let mut base = R10;
+        match operation.scratch & 3 {
+            1 => {
+                self.assembler.copy(R11, R10);
+                self.assembler.load(R10, frame::reg(R10));
+                base = R11;
+            }
+            2 => self.assembler.load(R11, frame::reg(R11)),
+            _ => {}
+        }
+        redirect(&mut self.assembler, operation, base);
+        self.store_scratch(operation);
+    }
+
+    fn compute(&mut self, register: u8, size: u8, memory: &Memory) {
+        self.address(memory);
+        if size == 4 {
+            // mov r10d, r10d
+            self.assembler.bytes(&[0x45, 0x89, 0xd2]);
+        }
+        if SCRATCH.contains(&register) {
+            self.assembler.store(frame::reg(register), R10);
+        } else {
+            self.assembler.copy(register, R10);
+        }
+    }
+
+    fn finish(&mut self) {
+        let mut cold = std::mem::take(&mut self.cold);
+        for code in cold.drain(..) {
+            let a = &mut self.assembler;
+            match code {
+                Cold::Miss {
+                    hole,
+                    retry,
+                    tag,
+                    write,
+                } => {
+                    a.land(hole);
+                    a.xor_tag(tag);
+                    let back = a.address_r11();
+                    a.fill(back, retry);
+                    a.jump_to(if write {
+                        self.stubs.miss_write
+                    } else {
+                        self.stubs.miss_read
+                    });
+                }
+                Cold::Leave {
+                    hole,
+                    rip,
+                    reason,
+                    saved,
+                } => {
+                    a.land(hole);
+                    if saved {
+                        self.load_flags();
+                    }
+                    self.leave(rip, reason);
+                }
+                Cold::Chain { hole, target } => {
+                    a.land(hole);
+                    let exit = a.here();
+                    let own = a.address_r11();
+                    a.fill(own, exit);
+                    self.links.push(Link {
+                        exit: exit as u32,
+                        site: hole.0 as u32,
+                    });
+                    self.leave(target, Leave::Chain);
+                }
+                Cold::Far { hole, target } => {
+                    a.land(hole);
+                    a.constant(R10, target);
+                    let slot = (target as u32 & self.jump_mask) as usize;
+                    a.jump_through(self.jumps + slot * 8);
+                }
+                Cold::Vectors { hole, back } => {
+                    a.land(hole);
+                    let hole = a.address_r11();
+                    a.fill(hole, back);
+                    a.jump_to(self.stubs.load_vectors);
+                }
+            }
+        }
+        self.cold = cold;
+    }
+}
+
+/// The guest's instruction with `[base]` for its memory operand: R10 or R11.
+fn redirect(a: &mut Assembler, operation: &Operation, base: u8) {
+    let bytes = &operation.bytes[..usize::from(operation.length)];
+    let mut at = 0;
+    while matches!(bytes[at], 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3) {
+        // Segment and address size are part of what was computed.
+        if matches!(bytes[at], 0x66 | 0xf0 | 0xf2 | 0xf3) {
+            a.bytes(&bytes[at..=at]);
+        }
+        at += 1;
+    }
+    match bytes[at] {
+        // VEX: B and X are inverted.
+        0xc4 => {
+            a.bytes(&[0xc4, bytes[at + 1] & !0x20 | 0x40, bytes[at + 2], bytes[at + 3]]);
+            at += 4;
+        }
+        0xc5 => {
+            let byte = bytes[at + 1];
+            a.bytes(&[0xc4, byte & 0x80 | 0x41, byte & 0x7f, bytes[at + 2]]);
+            at += 3;
+        }
+        first => {
+            let mut rex = 0x41;
+            if first & 0xf0 == 0x40 {
+                rex = first & !2 | 1;
+                at += 1;
+            }
+            a.bytes(&[rex]);
+            let opcode = match (bytes[at], bytes[at + 1]) {
+                (0x0f, 0x38 | 0x3a) => 3,
+                (0x0f, _) => 2,
+                _ => 1,
+            };
+            a.bytes(&bytes[at..at + opcode]);
+            at += opcode;
+        }
+    }
+    let modrm = bytes[at];
+    a.bytes(&[modrm & 0x38 | base & 7]);
+    at += 1;
+    let mut low = modrm & 7;
+    if low == 4 {
+        low = bytes[at] & 7;
+        at += 1;
+        // Without a base, no base at all.
+        at += if low == 5 && modrm >> 6 == 0 { 4 } else { 0 };
+    } else if low == 5 && modrm >> 6 == 0 {
+        at += 4;
+    }
+    at += match modrm >> 6 {
+        1 => 1,
+        2 => 4,
+        _ => 0,
+    };
+    a.bytes(&bytes[at..]);
+}

@@ -1,0 +1,156 @@
+//! What translated code finds at `gs:`: places in a [`Core`], and the few words that are the translator's own.
+
+use crate::core::{Core, VectorState};
+use crate::tlb::{ENTRIES, Entry, Mmu, SUPERVISOR, SUPERVISOR_AC, USER};
+use std::mem::offset_of;
+
+/// Slots of a jump cache.
+pub const JUMPS: usize = 1 << 12;
+/// Jump caches: one for each data table that translated code uses, so that no mode runs another's code.
+pub const MODES: usize = 3;
+
+/// The translator's words in a [`Core`].
+#[repr(C)]
+pub struct Frame {
+    /// The host's stack while translated code runs.
+    pub host_rsp: u64,
+    /// The Core.
+    pub core: u64,
+    /// Where to enter; while a check has failed, the address.
+    pub target: u64,
+    /// Why and where translated code was left: an address in the code cache.
+    pub site: u64,
+    /// Holds what does not survive a check.
+    pub temporary: u64,
+    /// The mailbox' event word.
+    pub events: u64,
+    /// The bits of RIP that number the slots of a jump cache.
+    pub jump_mask: u32,
+    /// The guest's vector registers and MXCSR are in the processor, not in the Core.
+    pub vectors_live: u8,
+    /// MXCSR as Rust wants it.
+    pub host_mxcsr: u32,
+    /// What the signal handler found: RIP and RFLAGS.
+    pub trap_rip: u64,
+    /// RFLAGS of the trap.
+    pub trap_flags: u64,
+    /// Ways by RIP: addresses of code that compares R10 with its own RIP first.
+    pub jumps: [[u64; JUMPS]; MODES],
+}
+
+impl Default for Frame {
+    fn default() -> Self {
+        Self {
+            host_rsp: 0,
+            core: 0,
+            target: 0,
+            site: 0,
+            temporary: 0,
+            events: 0,
+            jump_mask: 0,
+            vectors_live: 0,
+            host_mxcsr: 0x1f80,
+            trap_rip: 0,
+            trap_flags: 0,
+            jumps: [[0; JUMPS]; MODES],
+        }
+    }
+}
+
+macro_rules! places {
+    ($($(#[$doc:meta])* $name:ident = $field:ident;)*) => {$(
+        $(#[$doc])*
+        pub const $name: usize = offset_of!(Core, frame) + offset_of!(Frame, $field);
+    )*};
+}
+
+places! {
+    /// [`Frame::host_rsp`].
+    HOST_RSP = host_rsp;
+    /// [`Frame::core`].
+    CORE = core;
+    /// [`Frame::target`].
+    TARGET = target;
+    /// [`Frame::site`].
+    SITE = site;
+    /// [`Frame::temporary`].
+    TEMPORARY = temporary;
+    /// [`Frame::events`].
+    EVENTS = events;
+    /// [`Frame::jump_mask`].
+    JUMP_MASK = jump_mask;
+    /// [`Frame::vectors_live`].
+    VECTORS_LIVE = vectors_live;
+    /// [`Frame::host_mxcsr`].
+    HOST_MXCSR = host_mxcsr;
+}
+
+/// RIP.
+pub const RIP: usize = reg(17);
+/// Arithmetic flags.
+pub const ARITHMETIC: usize = offset_of!(Core, arithmetic);
+/// MXCSR.
+pub const MXCSR: usize = offset_of!(Core, vector) + offset_of!(VectorState, mxcsr);
+
+/// A general register.
+pub const fn reg(number: u8) -> usize {
+    offset_of!(Core, regs) + number as usize * 8
+}
+
+/// A vector register.
+pub const fn ymm(number: u8) -> usize {
+    offset_of!(Core, vector) + offset_of!(VectorState, ymm) + number as usize * 32
+}
+
+/// A segment's base.
+pub const fn segment_base(segment: u8) -> usize {
+    offset_of!(Core, segments)
+        + segment as usize * size_of::<posada_engine::Segment>()
+        + offset_of!(posada_engine::Segment, base)
+}
+
+/// A jump cache.
+pub const fn jumps(mode: usize) -> usize {
+    offset_of!(Core, frame) + offset_of!(Frame, jumps) + mode * JUMPS * 8
+}
+
+/// The data table of a mode, by its number among the soft TLBs.
+pub const fn mode(active: usize) -> Option<usize> {
+    match active / ENTRIES {
+        USER => Some(0),
+        SUPERVISOR => Some(1),
+        SUPERVISOR_AC => Some(2),
+        _ => None,
+    }
+}
+
+/// Places in the first entry of a mode's data table: tag of reads or of writes, and host address.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    /// Tag of reads.
+    pub read: usize,
+    /// Tag of writes.
+    pub write: usize,
+    /// Host address.
+    pub host: usize,
+}
+
+/// Where a mode's data table is.
+pub const fn table(mode: usize) -> Table {
+    let number = match mode {
+        0 => USER,
+        1 => SUPERVISOR,
+        _ => SUPERVISOR_AC,
+    };
+    let first = offset_of!(Core, mmu) + offset_of!(Mmu, entries) + number * ENTRIES * size_of::<Entry>();
+    Table {
+        read: first + offset_of!(Entry, read),
+        write: first + offset_of!(Entry, write),
+        host: first + offset_of!(Entry, host),
+    }
+}
+
+// The sequence of a check: index bits of the page number, shifted to whole entries.
+const _: () = assert!(size_of::<Entry>() == 32);
+/// Mask of the page number's bits, seven places to the right.
+pub const INDEX_MASK: u32 = (ENTRIES as u32 - 1) << 5;

@@ -1,0 +1,25 @@
+//! The translator: hot 64-bit code is copied, instruction by instruction, into a code cache and runs there on the host's
+//! own processor; what it does not know, and what is cold, the interpreter executes.
+//!
+//! - [`operation`] says what one instruction is ([`table`]: by its form), [`region`] what a block consists of and which flags
+//!   are wanted where, [`emit`] makes its code with the [`assembler`].
+//! - [`frame`] is what that code finds at `gs:`; [`stubs`] are the ways in and out; [`cache`] is its memory.
+//! - [`blocks`] finds, links and forgets blocks; [`run`] runs them.
+//! - [`trap`] handles what the host's processor raises.
+//!
+//! Guest registers are in the host registers of the same name, RSP and the flags included; only R10 and R11 belong to the
+//! translator. A memory operand's address is compared with the same soft TLB that the interpreter uses.
+
+mod assembler;
+mod blocks;
+mod cache;
+mod emit;
+pub mod frame;
+mod operation;
+mod region;
+mod run;
+mod stubs;
+mod table;
+mod trap;
+
+pub use run::{Ran, Translator};

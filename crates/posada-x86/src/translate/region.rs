@@ -1,0 +1,191 @@
+//! What a block is made of: the instructions from one entry on, past conditional branches, to the first that always leaves;
+//! and which arithmetic flags are wanted where.
+//!
+//! Flags at returns, calls and indirect jumps are taken for dead, as compilers have it, unless the last instruction that
+//! changed them does nothing else and nobody has read them: then they are a function's result.
+
+use super::operation::{Kind, Operation, Reader, flags};
+
+/// Instructions of a block at most.
+const LONGEST: usize = 64;
+/// Instructions that a look at a successor goes through.
+const AHEAD: usize = 12;
+
+/// How a block ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// By its last instruction.
+    Branch,
+    /// With an instruction at this RIP that is the interpreter's.
+    Interpret(u64),
+    /// With whatever is at this RIP.
+    Next(u64),
+}
+
+/// A page of code as it was read.
+pub struct Page<'a> {
+    /// Its bytes.
+    pub bytes: &'a [u8],
+    /// Linear address of the first.
+    pub linear: u64,
+    /// [`crate::core::Core::fpu_blocked`].
+    pub blocked: u8,
+}
+
+impl Page<'_> {
+    fn from(&self, rip: u64) -> Option<&[u8]> {
+        let offset = usize::try_from(rip.wrapping_sub(self.linear)).ok()?;
+        self.bytes.get(offset..).filter(|bytes| !bytes.is_empty())
+    }
+
+    fn read(&self, reader: &mut Reader, rip: u64) -> Option<Operation> {
+        let bytes = self.from(rip)?;
+        let bytes = &bytes[..bytes.len().min(super::operation::MAX_LENGTH)];
+        reader.read(bytes, rip, self.blocked)
+    }
+}
+
+/// The instructions of a block.
+#[derive(Default)]
+pub struct Region {
+    /// Instructions with their addresses.
+    pub operations: Vec<(u64, Operation)>,
+    /// Arithmetic flags wanted before each, and after the last.
+    pub live: Vec<u8>,
+    /// Flags are taken for wanted wherever that is not known.
+    pub exact: bool,
+    end: Option<End>,
+}
+
+impl Region {
+    /// How it ends.
+    pub fn end(&self) -> End {
+        self.end.expect("read")
+    }
+
+    /// Address after the last instruction.
+    pub fn limit(&self) -> u64 {
+        self.operations
+            .last()
+            .map_or(0, |(rip, operation)| rip + u64::from(operation.length))
+    }
+
+    /// Reads a block. False if its first instruction is the interpreter's.
+    pub fn read(&mut self, reader: &mut Reader, page: &Page, start: u64) -> bool {
+        self.operations.clear();
+        let mut rip = start;
+        self.end = Some(loop {
+            if self.operations.len() == LONGEST {
+                break End::Next(rip);
+            }
+            let Some(operation) = page.read(reader, rip) else {
+                // It crosses the page's end, or is none.
+                break End::Interpret(rip);
+            };
+            if operation.kind == Kind::Interpret {
+                break End::Interpret(rip);
+            }
+            self.operations.push((rip, operation));
+            rip = rip.wrapping_add(operation.length.into());
+            if leaves(operation.kind) {
+                break End::Branch;
+            }
+        });
+        if self.operations.is_empty() {
+            return false;
+        }
+        self.find_live(reader, page);
+        true
+    }
+
+    fn find_live(&mut self, reader: &mut Reader, page: &Page) {
+        let mut live = match self.end() {
+            End::Branch => flags::NONE,
+            End::Interpret(_) => flags::ALL,
+            End::Next(rip) => self.ahead(reader, page, rip, AHEAD),
+        };
+        self.live.clear();
+        self.live.resize(self.operations.len() + 1, 0);
+        self.live[self.operations.len()] = live;
+        for at in (0..self.operations.len()).rev() {
+            let operation = &self.operations[at].1;
+            match operation.kind {
+                Kind::Jump(target) => live = self.ahead(reader, page, target, AHEAD),
+                Kind::Branch(_, target) | Kind::Count(_, target) => live |= self.ahead(reader, page, target, AHEAD),
+                kind if anywhere(kind) => {
+                    live = if self.returns_flags(at) {
+                        flags::ALL
+                    } else {
+                        flags::NONE
+                    }
+                }
+                _ => {}
+            }
+            live = live & !operation.replaces | operation.reads;
+            if self.exact && operation.traps {
+                live = flags::ALL;
+            }
+            self.live[at] = live;
+        }
+    }
+
+    /// True if flags seem to be meant for whoever comes after instruction `at`.
+    fn returns_flags(&self, at: usize) -> bool {
+        if self.exact {
+            return true;
+        }
+        for (_, operation) in self.operations[..at].iter().rev() {
+            if operation.reads != 0 {
+                return false;
+            }
+            if operation.changes != 0 {
+                return operation.tells;
+            }
+        }
+        false
+    }
+
+    /// Flags that the code at `rip` may read before it replaces them.
+    fn ahead(&self, reader: &mut Reader, page: &Page, rip: u64, budget: usize) -> u8 {
+        let (mut rip, mut live, mut unknown) = (rip, flags::NONE, flags::ALL);
+        for left in (0..budget).rev() {
+            let Some(operation) = page.read(reader, rip) else {
+                return live | unknown;
+            };
+            live |= operation.reads & unknown;
+            unknown &= !operation.replaces;
+            if unknown == 0 {
+                return live;
+            }
+            rip = rip.wrapping_add(operation.length.into());
+            match operation.kind {
+                Kind::Interpret => return live | unknown,
+                Kind::Jump(target) => rip = target,
+                Kind::Branch(_, target) | Kind::Count(_, target) => {
+                    live |= unknown & self.ahead(reader, page, target, left / 2);
+                }
+                kind if anywhere(kind) => return if self.exact { live | unknown } else { live },
+                _ => {}
+            }
+        }
+        live | unknown
+    }
+}
+
+/// True if nothing of the block follows.
+fn leaves(kind: Kind) -> bool {
+    matches!(kind, Kind::Jump(_) | Kind::Call(_)) || anywhere(kind)
+}
+
+/// True if the successor's flags are not looked at.
+fn anywhere(kind: Kind) -> bool {
+    matches!(
+        kind,
+        Kind::JumpRegister(_)
+            | Kind::JumpMemory(_)
+            | Kind::Call(_)
+            | Kind::CallRegister(_)
+            | Kind::CallMemory(_)
+            | Kind::Return(_)
+    )
+}

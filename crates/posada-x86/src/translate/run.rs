@@ -1,0 +1,312 @@
+//! Running translated blocks, and finding, making and forgetting them on the way.
+
+use super::blocks::{Block, Blocks, Branch, Key, Map};
+use super::cache::CodeCache;
+use super::emit::{Emitter, Place};
+use super::frame::{self, JUMPS, MODES};
+use super::operation::Reader;
+use super::region::{Page, Region};
+use super::stubs::{self, Enter, Leave, Stubs};
+use super::trap;
+use crate::core::Core;
+use crate::tlb::Generation;
+use std::io;
+
+/// A block is translated when it is wanted for the so-manieth time.
+const THRESHOLD: u8 = 3;
+/// Slots that count how often untranslated blocks were wanted.
+const COUNTERS: usize = 1 << 14;
+/// More than any block's code takes.
+const LARGEST: usize = 64 << 10;
+const PAGE: u64 = 4096;
+
+/// How far translated code came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ran {
+    /// There is none at RIP.
+    Nothing,
+    /// To code that is not translated, or events are pending.
+    Some,
+    /// To an instruction that only the interpreter executes.
+    Interpret,
+}
+
+/// One vCPU's translator.
+pub struct Translator {
+    cache: CodeCache,
+    stubs: Stubs,
+    /// Where the stubs end.
+    first: u64,
+    blocks: Blocks,
+    reader: Reader,
+    region: Region,
+    emitter: Emitter,
+    counters: Box<[u8]>,
+    threshold: u8,
+    /// Where the first instruction is the interpreter's, with the version of the page.
+    refused: Map<Key, u32>,
+    /// Filled slots of the jump caches, and whether their pages are global.
+    filled: Vec<(u8, u16, bool)>,
+    generation: Generation,
+    blocked: u8,
+    changes: u64,
+    jump_mask: u32,
+}
+
+impl Translator {
+    /// A translator with an empty cache.
+    ///
+    /// # Errors
+    /// The host gives no memory to execute from, or refuses handlers of signals.
+    pub fn new() -> io::Result<Self> {
+        trap::install()?;
+        let mut cache = CodeCache::new()?;
+        let bmi2 = std::arch::is_x86_feature_detected!("bmi2");
+        let jump_mask = if bmi2 { JUMPS as u32 - 1 } else { 0xff };
+        let mut emitter = Emitter::new(Stubs::default(), bmi2, jump_mask);
+        emitter.assembler.begin(cache.next());
+        let stubs = stubs::make(&mut emitter.assembler, miss);
+        cache.append(&emitter.assembler.code);
+        Ok(Self {
+            first: cache.next(),
+            cache,
+            stubs,
+            blocks: Blocks::default(),
+            reader: Reader::default(),
+            region: Region::default(),
+            emitter: Emitter::new(stubs, bmi2, jump_mask),
+            counters: vec![0; COUNTERS].into(),
+            threshold: THRESHOLD,
+            refused: Map::default(),
+            filled: Vec::new(),
+            generation: Generation::default(),
+            blocked: 0,
+            changes: 0,
+            jump_mask,
+        })
+    }
+
+    /// To be called before [`Translator::run`], whenever the Core may have moved or changed threads.
+    pub fn activate(&mut self, core: &mut Core) {
+        trap::activate(self.cache.range(), self.stubs.trap);
+        core.frame.events = core.shared.mailbox().events_address();
+        core.frame.jump_mask = self.jump_mask;
+        if core.frame.jumps[0][0] == 0 {
+            core.frame.jumps = [[self.unknown(); JUMPS]; MODES];
+        }
+        trap::set_gs(core);
+    }
+
+    fn unknown(&self) -> u64 {
+        self.stubs.leave[Leave::Unknown as usize]
+    }
+
+    /// Translates everything at once, and keeps flags that only hand-written code can want: for tests.
+    pub fn eager(mut self) -> Self {
+        self.threshold = 1;
+        self.region.exact = true;
+        self
+    }
+
+    /// Runs translated code from RIP on until it does not go on.
+    pub fn run(&mut self, core: &mut Core) -> Ran {
+        let Some(mode) = frame::mode(core.mmu.active).filter(|_| core.bits64()) else {
+            return Ran::Nothing;
+        };
+        self.synchronize(core);
+        let Some(mut block) = self.find(core, mode) else {
+            return Ran::Nothing;
+        };
+        loop {
+            match self.enter(core, block) {
+                Leave::Chain => {
+                    let exit = core.frame.site;
+                    let Some(next) = self.find(core, mode) else {
+                        return Ran::Some;
+                    };
+                    self.blocks.link(exit, next, &mut self.cache);
+                    block = next;
+                }
+                Leave::Unknown => {
+                    let Some(next) = self.find(core, mode) else {
+                        return Ran::Some;
+                    };
+                    self.fill_jump(core, mode, next);
+                    block = next;
+                }
+                Leave::Poll => return Ran::Some,
+                Leave::Interpret => return Ran::Interpret,
+                Leave::Refused => {
+                    let (rip, _) = self.blocks.instruction(core.frame.site);
+                    core.set_rip(rip);
+                    return Ran::Interpret;
+                }
+                Leave::Trap => {
+                    let (rip, saved) = self.blocks.instruction(core.frame.trap_rip);
+                    core.set_rip(rip);
+                    if !saved {
+                        core.set_arithmetic(core.frame.trap_flags);
+                    }
+                    return Ran::Interpret;
+                }
+            }
+        }
+    }
+
+    fn enter(&self, core: &mut Core, block: u32) -> Leave {
+        // SAFETY: the stub has this signature.
+        let enter: Enter = unsafe { std::mem::transmute(self.stubs.enter) };
+        let target = self.blocks.get(block).entry;
+        // SAFETY: GS points at the Core (`activate`), the block's code was made for its mode and what it reads (`find`), and
+        // it touches nothing but the Core's state and guest RAM behind checks.
+        Leave::from_number(unsafe { enter(core, target, 0) })
+    }
+
+    /// Takes notice of changed code and mappings.
+    fn synchronize(&mut self, core: &mut Core) {
+        let (code, generation) = (core.ram.code(), core.mmu.generation());
+        let changes = code.changes();
+        let mut all = generation.all != self.generation.all || core.fpu_blocked != self.blocked;
+        if changes != self.changes {
+            self.changes = changes;
+            all |= self
+                .blocks
+                .forget_stale(|page| code.page(page).version(), &mut self.cache);
+        }
+        if all || generation.context != self.generation.context {
+            (self.generation, self.blocked) = (generation, core.fpu_blocked);
+            self.forget_jumps(core, !all);
+        }
+    }
+
+    fn forget_jumps(&mut self, core: &mut Core, keep_global: bool) {
+        let unknown = self.unknown();
+        self.filled.retain(|&(mode, slot, global)| {
+            if keep_global && global {
+                return true;
+            }
+            core.frame.jumps[usize::from(mode)][usize::from(slot)] = unknown;
+            false
+        });
+    }
+
+    fn fill_jump(&mut self, core: &mut Core, mode: usize, block: u32) {
+        let block = self.blocks.get(block);
+        let slot = block.key.rip as u32 & self.jump_mask;
+        core.frame.jumps[mode][slot as usize] = block.start;
+        let global = core.fetched_globally(block.key.rip);
+        self.filled.push((mode as u8, slot as u16, global));
+    }
+
+    /// The block at RIP, if it is translated or worth it.
+    fn find(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
+        let rip = core.rip();
+        // The interpreter will raise what this raises.
+        let (page, host) = core.fetch_page(rip).ok()?;
+        let shift = core.fetched_shift(rip);
+        let key = Key::new(rip, page, mode, shift, core.fpu_blocked);
+        if let Some(number) = self.blocks.find(&key)
+            && self.blocks.get(number).version == core.ram.code().page(page).version()
+        {
+            return Some(number);
+        }
+        let counter = &mut self.counters[key.mixed() as usize >> 50];
+        *counter = counter.saturating_add(1);
+        if *counter < self.threshold {
+            return None;
+        }
+        if let Some(&version) = self.refused.get(&key)
+            && version == core.ram.code().page(page).version()
+        {
+            return None;
+        }
+        self.translate(core, key, Place { rip, mode, shift }, host)
+    }
+
+    #[cold]
+    fn translate(&mut self, core: &mut Core, key: Key, place: Place, host: *const u8) -> Option<u32> {
+        if self.cache.room() < LARGEST {
+            self.forget_jumps(core, false);
+            self.blocks.clear();
+            self.cache.rewind(self.first);
+        }
+        let ram = std::sync::Arc::clone(&core.ram);
+        let record = ram.code().page(key.page());
+        let offset = place.rip % PAGE;
+        loop {
+            let version = record.version();
+            let mut bytes = [0; PAGE as usize];
+            read_page(host, &mut bytes);
+            let page = Page {
+                bytes: &bytes,
+                linear: place.rip - offset,
+                blocked: core.fpu_blocked,
+            };
+            if !self.region.read(&mut self.reader, &page, place.rip) {
+                self.refused.insert(key, version);
+                return None;
+            }
+            // The code map's protocol: mark, read the version, read the bytes, look at the mark.
+            let length = self.region.limit() - place.rip;
+            if record.mark(offset, length) {
+                core.mmu.forbid_writes(key.page());
+                core.shared.announce_code();
+            }
+            let version = record.version();
+            let mut again = [0; PAGE as usize];
+            read_page(host, &mut again);
+            let range = offset as usize..(offset + length) as usize;
+            if bytes[range.clone()] != again[range] || !record.marked(offset, length) {
+                continue;
+            }
+            let start = self.cache.next();
+            self.emitter.emit(&self.region, place, start);
+            let emitter = &self.emitter;
+            let branches = emitter
+                .links
+                .iter()
+                .map(|link| Branch {
+                    exit: start + u64::from(link.exit),
+                    site: start + u64::from(link.site),
+                })
+                .collect();
+            let entry = start + emitter.entry as u64;
+            let block = Block::new(key, start, entry, version, &emitter.marks, branches);
+            self.cache.append(&emitter.assembler.code);
+            return Some(self.blocks.add(block));
+        }
+    }
+}
+
+impl Core {
+    /// Makes this thread ready for [`Core::run_translated`].
+    pub fn activate_translator(&mut self) {
+        if let Some(mut translator) = self.translator.take() {
+            translator.activate(self);
+            self.translator = Some(translator);
+        }
+    }
+
+    /// Runs translated code from RIP on.
+    #[inline]
+    pub fn run_translated(&mut self) -> Ran {
+        let Some(mut translator) = self.translator.take() else {
+            return Ran::Nothing;
+        };
+        let ran = translator.run(self);
+        self.translator = Some(translator);
+        ran
+    }
+}
+
+/// Copies a page of guest code. Other vCPUs may write meanwhile; who uses it checks after.
+fn read_page(host: *const u8, bytes: &mut [u8; PAGE as usize]) {
+    // SAFETY: `host` is a page of guest RAM.
+    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
+}
+
+/// A check failed: fills the soft TLB. False if the interpreter must do the access: it faults, crosses a page, is not RAM, or
+/// would write to code.
+extern "sysv64" fn miss(core: &mut Core, linear: u64, write: u32) -> bool {
+    core.fill_for_translated(linear, write != 0)
+}

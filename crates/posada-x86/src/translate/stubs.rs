@@ -1,0 +1,243 @@
+//! The code that every cache begins with: the ways in and out, and what translated code calls.
+//!
+//! In translated code RSP is the guest's, so nothing here touches the stack before it is exchanged for the host's.
+
+use super::assembler::{Assembler, R10, R11, condition};
+use super::frame;
+use crate::core::Core;
+
+const RAX: u8 = 0;
+const RDX: u8 = 2;
+const RSP: u8 = 4;
+const RSI: u8 = 6;
+const RDI: u8 = 7;
+
+/// Why translated code was left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Leave {
+    /// A direct branch that does not lead to its target yet: [`super::frame::Frame::site`] is its exit.
+    Chain,
+    /// The jump cache does not know RIP.
+    Unknown,
+    /// The instruction at RIP is the interpreter's.
+    Interpret,
+    /// Events are pending.
+    Poll,
+    /// An access must be done by the interpreter: the site is in its check.
+    Refused,
+    /// The host's processor raised an exception.
+    Trap,
+}
+
+impl Leave {
+    /// From what the entry returns.
+    pub fn from_number(number: u32) -> Self {
+        match number {
+            0 => Self::Chain,
+            1 => Self::Unknown,
+            2 => Self::Interpret,
+            3 => Self::Poll,
+            4 => Self::Refused,
+            _ => Self::Trap,
+        }
+    }
+}
+
+/// The way in: Core, code, and RIP for code that compares it. Returns a [`Leave`].
+pub type Enter = unsafe extern "sysv64" fn(*mut Core, u64, u64) -> u32;
+
+/// Addresses of the stubs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stubs {
+    /// [`Enter`].
+    pub enter: u64,
+    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. Not for the last two.
+    pub leave: [u64; 4],
+    /// An exception on the host: all registers are the guest's.
+    pub trap: u64,
+    /// A check failed for a load: R10 is the linear address, R11 where to try again, with R10 as it was.
+    pub miss_read: u64,
+    /// The same for a store.
+    pub miss_write: u64,
+    /// Loads vector registers; back to R11. Flags are lost.
+    pub load_vectors: u64,
+}
+
+/// What a failed check calls: true if it would succeed now.
+pub type Miss = extern "sysv64" fn(&mut Core, u64, u32) -> bool;
+
+fn guest_registers() -> impl Iterator<Item = u8> {
+    (0..16).filter(|&number| number != R10 && number != R11)
+}
+
+struct Maker<'a> {
+    a: &'a mut Assembler,
+    avx: bool,
+}
+
+impl Maker<'_> {
+    fn address(&self) -> u64 {
+        self.a.start + self.a.here() as u64
+    }
+
+    fn align(&mut self) {
+        while !self.a.here().is_multiple_of(16) {
+            self.a.bytes(&[0xcc]);
+        }
+    }
+
+    fn save_registers(&mut self) {
+        for number in guest_registers() {
+            self.a.store(frame::reg(number), number);
+        }
+    }
+
+    fn load_registers(&mut self) {
+        for number in guest_registers() {
+            self.a.load(number, frame::reg(number));
+        }
+    }
+
+    fn vector(&mut self, store: bool, number: u8) {
+        let opcode = 0x10 | u8::from(store);
+        let modrm = (number & 7) << 3 | 4;
+        if self.avx {
+            let byte = if number < 8 { 0xfc } else { 0x7c };
+            self.a.bytes(&[0x65, 0xc5, byte, opcode, modrm, 0x25]);
+        } else {
+            self.a
+                .bytes(&[0x65, 0x40 | (number & 8) >> 1, 0x0f, opcode, modrm, 0x25]);
+        }
+        self.a.bytes(&(frame::ymm(number) as i32).to_le_bytes());
+    }
+
+    fn mxcsr(&mut self, store: bool, offset: usize) {
+        self.a.bytes(&[0x65, 0x0f, 0xae, if store { 0x1c } else { 0x14 }, 0x25]);
+        self.a.bytes(&(offset as i32).to_le_bytes());
+    }
+
+    /// Vector registers from the Core.
+    fn load_vectors(&mut self) {
+        for number in 0..16 {
+            self.vector(false, number);
+        }
+        self.mxcsr(false, frame::MXCSR);
+    }
+
+    /// If they are live, vector registers to the Core and the host's MXCSR back; flags are lost.
+    fn save_vectors(&mut self) {
+        self.a.compare_byte_zero(frame::VECTORS_LIVE);
+        let dead = self.a.branch(condition::E);
+        for number in 0..16 {
+            self.vector(true, number);
+        }
+        self.mxcsr(true, frame::MXCSR);
+        self.mxcsr(false, frame::HOST_MXCSR);
+        if self.avx {
+            self.a.bytes(&[0xc5, 0xf8, 0x77]);
+        }
+        self.a.land(dead);
+    }
+
+    fn enter(&mut self) {
+        // push rbx, rbp, r12-r15; sub rsp, 8
+        self.a.bytes(&[
+            0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 8,
+        ]);
+        self.a.store(frame::HOST_RSP, RSP);
+        self.a.store(frame::CORE, RDI);
+        self.a.store(frame::TARGET, RSI);
+        self.a.copy(R10, RDX);
+        self.a.load_ax(frame::ARITHMETIC);
+        self.a.flags_from_ax();
+        self.load_registers();
+        self.a.jump_through(frame::TARGET);
+    }
+
+    /// Back to Rust with what is in EAX.
+    fn back(&mut self) {
+        self.a.store_byte(frame::VECTORS_LIVE, 0);
+        // add rsp, 8; pop r15-r12, rbp, rbx; ret
+        self.a.bytes(&[
+            0x48, 0x83, 0xc4, 8, 0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3,
+        ]);
+    }
+
+    fn leave(&mut self, reason: Leave) {
+        self.save_registers();
+        if reason != Leave::Trap {
+            self.a.store(frame::RIP, R10);
+            self.a.store(frame::SITE, R11);
+            self.a.flags_to_ax();
+            self.a.store_ax(frame::ARITHMETIC);
+        }
+        self.a.load(RSP, frame::HOST_RSP);
+        self.save_vectors();
+        self.a.constant(RAX, reason as u64);
+        self.back();
+    }
+
+    fn miss(&mut self, write: bool, helper: u64) {
+        self.save_registers();
+        self.a.store(frame::SITE, R11);
+        self.a.store(frame::TARGET, R10);
+        self.a.load(RSP, frame::HOST_RSP);
+        self.save_vectors();
+        self.a.load(RDI, frame::CORE);
+        self.a.copy(RSI, R10);
+        self.a.constant(RDX, write.into());
+        self.a.constant(RAX, helper);
+        // call rax; test al, al
+        self.a.bytes(&[0xff, 0xd0, 0x84, 0xc0]);
+        let refused = self.a.branch(condition::E);
+        self.a.compare_byte_zero(frame::VECTORS_LIVE);
+        let dead = self.a.branch(condition::E);
+        self.load_vectors();
+        self.a.land(dead);
+        self.load_registers();
+        self.a.load(R10, frame::TARGET);
+        self.a.jump_through(frame::SITE);
+        self.a.land(refused);
+        self.a.constant(RAX, Leave::Refused as u64);
+        self.back();
+    }
+}
+
+/// Makes the stubs at the assembler's start.
+pub fn make(a: &mut Assembler, helper: Miss) -> Stubs {
+    let mut maker = Maker {
+        a,
+        avx: std::arch::is_x86_feature_detected!("avx"),
+    };
+    let mut stubs = Stubs {
+        enter: maker.address(),
+        ..Stubs::default()
+    };
+    maker.enter();
+    for reason in [Leave::Chain, Leave::Unknown, Leave::Interpret, Leave::Poll] {
+        maker.align();
+        stubs.leave[reason as usize] = maker.address();
+        maker.leave(reason);
+    }
+    maker.align();
+    stubs.trap = maker.address();
+    maker.leave(Leave::Trap);
+    for write in [false, true] {
+        maker.align();
+        let place = if write {
+            &mut stubs.miss_write
+        } else {
+            &mut stubs.miss_read
+        };
+        *place = maker.a.start + maker.a.here() as u64;
+        maker.miss(write, helper as usize as u64);
+    }
+    maker.align();
+    stubs.load_vectors = maker.address();
+    maker.load_vectors();
+    maker.a.store_byte(frame::VECTORS_LIVE, 1);
+    // jmp r11
+    maker.a.bytes(&[0x41, 0xff, 0xe3]);
+    stubs
+}
