@@ -4,6 +4,7 @@ use crate::clock;
 use crate::core::{CodeSize, Core, gpr, seg};
 use crate::interpret::Stop;
 use crate::shared::Vm;
+use crate::translate::Translator;
 use posada_engine::clock::Moment;
 use posada_engine::cpu::{CpuModel, Offer};
 use posada_engine::{Counters, CpuState, DebugControl, Doorbell, Engine, Error, Exit, Kick, Machine, MsiSink, Vcpu};
@@ -19,6 +20,7 @@ const MAX_VCPUS: u32 = 255;
 pub struct Emulator {
     ram: Arc<GuestRam>,
     vm: Arc<Vm>,
+    translates: bool,
 }
 
 impl Emulator {
@@ -46,7 +48,17 @@ impl Emulator {
         let vm = Vm::new(model.clone());
         vm.start_alarms()
             .map_err(|error| Error::Host(format!("no timers for the virtual processors: {error}")))?;
-        Ok(Self { ram, vm })
+        Ok(Self {
+            ram,
+            vm,
+            translates: false,
+        })
+    }
+
+    /// Lets its processors translate hot 64-bit code instead of interpreting it.
+    pub fn translating(mut self) -> Self {
+        self.translates = true;
+        self
     }
 }
 
@@ -61,6 +73,11 @@ impl Engine for Emulator {
         core.msr.tsc_offset = self.vm.tsc_offset();
         if index != 0 {
             core.wait_for_startup();
+        }
+        if self.translates {
+            let translator =
+                Translator::new().map_err(|error| Error::Host(format!("no memory for translated code: {error}")))?;
+            core.translator = Some(Box::new(translator));
         }
         Ok(Box::new(Processor { core }))
     }
