@@ -63,10 +63,11 @@ pub fn damage(value: &mut Value, random: &mut Random) {
             let at = random.below(fields.len() as u64) as usize;
             damage(fields.values_mut().nth(at).unwrap(), random);
         }
-        Value::Array(items) if items.is_empty() || random.below(8) == 0 => match (items.pop(), random.below(2)) {
-            (Some(item), 0) => items.extend([item.clone(), item]),
-            _ => {}
-        },
+        Value::Array(items) if items.is_empty() || random.below(8) == 0 => {
+            if let (Some(item), 0) = (items.pop(), random.below(2)) {
+                items.extend([item.clone(), item]);
+            }
+        }
         Value::Array(items) => {
             let at = random.below(items.len() as u64) as usize;
             damage(&mut items[at], random);
