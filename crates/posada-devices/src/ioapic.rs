@@ -232,12 +232,15 @@ impl IoApic {
         state.id = saved.id & ID;
         state.select = saved.select;
         for (index, (pin, saved)) in state.pins.iter_mut().zip(&saved.pins).enumerate() {
+            let before = pin.message();
             *pin = Pin {
                 entry: saved.entry,
                 asserted: saved.asserted,
                 edge: saved.edge,
             };
-            self.sink.route_pin(index as u8, pin.message());
+            if pin.message() != before {
+                self.sink.route_pin(index as u8, pin.message());
+            }
         }
         Ok(())
     }

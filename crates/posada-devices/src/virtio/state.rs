@@ -236,6 +236,7 @@ impl VirtioPci {
             queues: state.queues.iter().map(setup).collect(),
             work: Work::Idle,
             held: true,
+            restored: true,
         })
     }
 }
@@ -367,6 +368,31 @@ mod tests {
         assert_eq!(driver.sink.take(), []);
         driver.pci.bar_write(0, 0x401c, &0_u32.to_le_bytes());
         assert_eq!(driver.sink.take()[0].data, 0x31);
+    }
+
+    #[test]
+    fn a_driver_that_still_waits_for_an_interrupt_is_reminded() {
+        /// Where the driver says when to interrupt: flags, and with EVENT_IDX the number of a chain.
+        const FLAGS: u64 = 0x1_1000;
+        const USED_EVENT: u64 = FLAGS + 4 + 2 * 32;
+        for (features, at, word, reminded) in [
+            (0, FLAGS, 0_u16, true),
+            (0, FLAGS, 1, false),
+            (EVENT_IDX, USED_EVENT, 0, true),
+            (EVENT_IDX, USED_EVENT, 1, false),
+        ] {
+            let mut driver = Driver::new(Arc::new(Rng::new().unwrap()), features);
+            driver.request(0, &[(DATA, 8, true)]);
+            driver.put(at, &word.to_le_bytes());
+            driver.pci.quiesce();
+            driver.sink.take();
+            driver.move_to(Arc::new(Rng::new().unwrap()));
+            assert_eq!(!driver.sink.is_empty(), reminded, "{features:#x} {word}");
+            driver.pci.quiesce();
+            driver.sink.take();
+            driver.pci.resume();
+            assert!(driver.sink.is_empty(), "nobody was replaced");
+        }
     }
 
     #[test]
