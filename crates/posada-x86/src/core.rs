@@ -1,5 +1,6 @@
 //! One software CPU: architectural state and the caches that speed it up, owned by its vCPU thread.
 
+use crate::clock::Rate;
 use crate::fault::{Exception, Exec, Raised, vector};
 use crate::interpret::Cache;
 use crate::lapic::Lapic;
@@ -206,12 +207,16 @@ pub struct Core {
     pub cache: Cache,
     /// PAUSE instructions executed.
     pub pauses: u32,
+    /// Of the settings of the VM's clock, what the guest was told last: see [`crate::shared::Vm::set_clock`].
+    pub clock_settings: u64,
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
     /// The machine around.
     pub machine: Arc<dyn Machine>,
     /// What other vCPUs and threads see of this vCPU and of the VM.
     pub shared: Arc<Shared>,
+    /// How fast the guest's TSC runs: the VM's.
+    pub rate: Rate,
 }
 
 impl Core {
@@ -250,8 +255,10 @@ impl Core {
             debug_passed: None,
             cache: Cache::default(),
             pauses: 0,
+            clock_settings: shared.vm().clock_settings(),
             ram,
             machine,
+            rate: shared.vm().rate(),
             shared,
         };
         core.set_state(&CpuState::reset());
