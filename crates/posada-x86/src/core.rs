@@ -6,6 +6,7 @@ use crate::interpret::Cache;
 use crate::lapic::Lapic;
 use crate::native::Native;
 use crate::shared::Shared;
+use crate::system::steal::Steal;
 use crate::tlb::Mmu;
 use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment, Xsave};
 use posada_memory::GuestRam;
@@ -112,6 +113,10 @@ pub struct Msrs {
     pub wall_clock: u64,
     /// MSR_KVM_SYSTEM_TIME_NEW.
     pub system_time: u64,
+    /// MSR_KVM_STEAL_TIME.
+    pub steal_time: u64,
+    /// MSR_KVM_PV_EOI_EN.
+    pub pv_eoi: u64,
 }
 
 /// The vector and x87 state as XSAVE sees it.
@@ -207,6 +212,8 @@ pub struct Core {
     pub cache: Cache,
     /// PAUSE instructions executed.
     pub pauses: u32,
+    /// What the guest has yet to be told of time that the host took.
+    pub steal: Steal,
     /// Of the settings of the VM's clock, what the guest was told last: see [`crate::shared::Vm::set_clock`].
     pub clock_settings: u64,
     /// Guest RAM.
@@ -255,6 +262,7 @@ impl Core {
             debug_passed: None,
             cache: Cache::default(),
             pauses: 0,
+            steal: Steal::default(),
             clock_settings: shared.vm().clock_settings(),
             ram,
             machine,
