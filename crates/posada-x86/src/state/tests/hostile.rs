@@ -45,10 +45,11 @@ fn damage(leaf: &mut Value, random: &mut Random) {
             *leaf = new.into();
         }
         Value::String(text) if text.starts_with("0x") => {
-            // The legacy region and the APIC's first registers are found as often as anything else.
-            let at = 2 + random.below(text.len() - 2);
-            let digit = char::from_digit(random.below(16) as u32, 16).unwrap();
-            text.replace_range(at..=at, &digit.to_string());
+            for _ in 0..=random.below(8) {
+                let at = 2 + random.below(text.len() - 2);
+                let digit = char::from_digit(random.below(16) as u32, 16).unwrap();
+                text.replace_range(at..=at, &digit.to_string());
+            }
         }
         Value::String(text) => {
             *text = ["running", "halted", "waiting-for-startup"][random.below(3)].into();
