@@ -6,6 +6,7 @@ pub mod clock;
 pub mod cpu;
 mod interrupt;
 pub mod msr;
+mod report;
 mod state;
 
 pub use interrupt::{Msi, MsiLine, MsiSink, PlainLine};
