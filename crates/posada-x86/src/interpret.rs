@@ -10,7 +10,6 @@ use crate::core::{CodeSize, Core, flag, seg};
 use crate::decode::{self, Decoded, MAX_LENGTH};
 use crate::fault::{Exception, Exec, vector};
 use crate::insn::Insn;
-use crate::translate::Ran;
 use posada_memory::CodePage;
 
 /// Decoded instructions kept: 2 MiB.
@@ -171,13 +170,8 @@ impl Core {
                 continue;
             }
             if self.bits64() {
-                match self.run_translated() {
-                    Ran::Nothing => {}
-                    Ran::Some => continue,
-                    Ran::Interpret => {
-                        self.interpret_one();
-                        continue;
-                    }
+                if self.execute_translated() {
+                    continue;
                 }
                 let jump = &self.cache.jumps[Self::jump_slot(self.rip())];
                 let here = jump.context == GLOBALLY || jump.context == self.mmu.generation().context;

@@ -309,6 +309,10 @@ impl Emitter {
     fn access(&mut self, memory: &Memory) {
         self.address(memory);
         self.check(memory.size, memory.write);
+        self.locked(memory);
+    }
+
+    fn locked(&mut self, memory: &Memory) {
         if memory.locked && memory.size > 1 {
             // What may cross a cache line is the interpreter's: the host may forbid it.
             self.assembler.test_r10(memory.size.next_power_of_two() - 1);
@@ -320,6 +324,21 @@ impl Emitter {
                 saved: self.saved,
             });
         }
+    }
+
+    /// Moves R10 by the words that a bit's number in `register` names. The flags are lost.
+    fn bit_string(&mut self, register: u8, forward: bool) {
+        let from = self.value(register);
+        let a = &mut self.assembler;
+        a.copy(R11, from);
+        // sar r11, 6
+        a.bytes(&[0x49, 0xc1, 0xfb, 6]);
+        if !forward {
+            // neg r11
+            a.bytes(&[0x49, 0xf7, 0xdb]);
+        }
+        // lea r10, [r10 + r11 * 8]
+        a.bytes(&[0x4f, 0x8d, 0x14, 0xda]);
     }
 
     fn push_address(&mut self) {
@@ -353,6 +372,18 @@ impl Emitter {
             }
             Kind::Access(memory) => {
                 self.access(&memory);
+                if wants {
+                    self.restore();
+                }
+                self.accessing(operation);
+            }
+            Kind::BitString(register, memory) => {
+                self.address(&memory);
+                self.bit_string(register, true);
+                self.check(memory.size, memory.write);
+                self.locked(&memory);
+                // The instruction will add it again.
+                self.bit_string(register, false);
                 if wants {
                     self.restore();
                 }

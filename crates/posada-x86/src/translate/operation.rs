@@ -52,6 +52,8 @@ pub enum Kind {
     Copy,
     /// Copied with another address in its ModRM byte.
     Access(Memory),
+    /// BT and its like on 64-bit words: the register with the bit's number, and word 0.
+    BitString(u8, Memory),
     /// LEA with an address that needs the translator: RIP-relative, or by R10 and R11.
     Address {
         /// Destination.
@@ -311,7 +313,7 @@ impl Reader {
             let operand = operands.clone().any(|at| {
                 i.op_kind(at) == OpKind::Register && i.op_register(at).is_gpr() && number(i.op_register(at)) == which
             });
-            let address = has_memory && addresses.contains(&register);
+            let address = has_memory && addresses.iter().any(|&part| part.is_gpr() && number(part) == which);
             if operand || written {
                 operation.scratch |= 1 << bit;
             } else if !address {
@@ -363,10 +365,11 @@ impl Reader {
             i.mnemonic(),
             Mnemonic::Bt | Mnemonic::Bts | Mnemonic::Btr | Mnemonic::Btc
         );
-        if bits && i.op1_kind() == OpKind::Register {
-            return None;
-        }
         let write = !matches!(access, OpAccess::Read | OpAccess::CondRead);
+        if bits && i.op1_kind() == OpKind::Register {
+            let (register, memory) = (i.op1_register(), self.memory(write)?);
+            return register.is_gpr64().then(|| Kind::BitString(number(register), memory));
+        }
         Some(Kind::Access(self.memory(write)?))
     }
 

@@ -78,6 +78,9 @@ impl Region {
             if self.operations.len() == LONGEST {
                 break End::Next(rip);
             }
+            if rip.wrapping_sub(page.linear) >= page.bytes.len() as u64 {
+                break End::Next(rip);
+            }
             let Some(operation) = page.read(reader, rip) else {
                 // It crosses the page's end, or is none.
                 break End::Interpret(rip);

@@ -47,9 +47,13 @@ pub struct Translator {
     refused: Map<Key, u32>,
     /// Filled slots of the jump caches, and whether their pages are global.
     filled: Vec<(u8, u16, bool)>,
+    /// The blocks that filled slots lead to.
+    jump_blocks: Box<[[u32; JUMPS]; MODES]>,
     generation: Generation,
     blocked: u8,
     changes: u64,
+    /// How often the cache was full.
+    flushes: u64,
     jump_mask: u32,
 }
 
@@ -79,9 +83,11 @@ impl Translator {
             threshold: THRESHOLD,
             refused: Map::default(),
             filled: Vec::new(),
+            jump_blocks: Box::new([[0; JUMPS]; MODES]),
             generation: Generation::default(),
             blocked: 0,
             changes: 0,
+            flushes: 0,
             jump_mask,
         })
     }
@@ -120,18 +126,20 @@ impl Translator {
         loop {
             match self.enter(core, block) {
                 Leave::Chain => {
-                    let exit = core.frame.site;
+                    let (exit, flushes) = (core.frame.site, self.flushes);
                     let Some(next) = self.find(core, mode) else {
                         return Ran::Some;
                     };
-                    self.blocks.link(exit, next, &mut self.cache);
+                    // The exit is gone if the cache was full.
+                    if flushes == self.flushes {
+                        self.blocks.link(exit, next, &mut self.cache);
+                    }
                     block = next;
                 }
                 Leave::Unknown => {
                     let Some(next) = self.find(core, mode) else {
                         return Ran::Some;
                     };
-                    self.fill_jump(core, mode, next);
                     block = next;
                 }
                 Leave::Poll => return Ran::Some,
@@ -190,16 +198,31 @@ impl Translator {
         });
     }
 
-    fn fill_jump(&mut self, core: &mut Core, mode: usize, block: u32) {
-        let block = self.blocks.get(block);
-        let slot = block.key.rip as u32 & self.jump_mask;
-        core.frame.jumps[mode][slot as usize] = block.start;
+    fn fill_jump(&mut self, core: &mut Core, mode: usize, number: u32) {
+        let block = self.blocks.get(number);
+        let slot = (block.key.rip as u32 & self.jump_mask) as usize;
+        core.frame.jumps[mode][slot] = block.start;
+        self.jump_blocks[mode][slot] = number;
         let global = core.fetched_globally(block.key.rip);
         self.filled.push((mode as u8, slot as u16, global));
     }
 
     /// The block at RIP, if it is translated or worth it.
     fn find(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
+        let rip = core.rip();
+        let slot = (rip as u32 & self.jump_mask) as usize;
+        if core.frame.jumps[mode][slot] != self.unknown() {
+            let number = self.jump_blocks[mode][slot];
+            if self.blocks.get(number).key.rip == rip {
+                return Some(number);
+            }
+        }
+        let number = self.look_up(core, mode)?;
+        self.fill_jump(core, mode, number);
+        Some(number)
+    }
+
+    fn look_up(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
         let rip = core.rip();
         // The interpreter will raise what this raises.
         let (page, host) = core.fetch_page(rip).ok()?;
@@ -228,6 +251,7 @@ impl Translator {
         if self.cache.room() < LARGEST {
             self.forget_jumps(core, false);
             self.blocks.clear();
+            self.flushes += 1;
             self.cache.rewind(self.first);
         }
         let ram = std::sync::Arc::clone(&core.ram);
@@ -287,8 +311,31 @@ impl Core {
         }
     }
 
-    /// Runs translated code from RIP on.
+    /// Runs translated code from RIP on, and interprets single instructions amid it, until something else is to be looked at.
+    /// False if nothing ran.
     #[inline]
+    pub(crate) fn execute_translated(&mut self) -> bool {
+        let Some(mut translator) = self.translator.take() else {
+            return false;
+        };
+        let mut any = false;
+        loop {
+            let ran = translator.run(self);
+            any |= ran != Ran::Nothing;
+            if ran != Ran::Interpret {
+                break;
+            }
+            self.interpret_one();
+            let look = self.interrupt_shadow | self.careful | self.halted | self.shut_down;
+            if look || self.shared.pending() {
+                break;
+            }
+        }
+        self.translator = Some(translator);
+        any
+    }
+
+    /// Runs translated code from RIP on, and nothing else.
     pub fn run_translated(&mut self) -> Ran {
         let Some(mut translator) = self.translator.take() else {
             return Ran::Nothing;
