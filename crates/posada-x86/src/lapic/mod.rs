@@ -92,7 +92,7 @@ pub struct Lapic {
     tmr: Vectors,
     timer: Timer,
     /// A vector in the IRR outranks the processor priority: see [`Lapic::refresh`].
-    due: bool,
+    pub(crate) due: bool,
     /// The host TSC at which the alarm is set to ring, for all that the vCPU knows.
     alarm: Option<u64>,
     /// The host TSC at which the registers last were those of a portable state.

@@ -91,6 +91,52 @@ impl Assembler {
         self.code.push(value);
     }
 
+    /// `and dword gs:[offset], value`.
+    pub fn and_dword(&mut self, offset: usize, value: u32) {
+        self.absolute(&[], 0x40, &[0x81], 4, offset);
+        self.dword(value as i32);
+    }
+
+    /// `or dword gs:[offset], value`.
+    pub fn or_dword(&mut self, offset: usize, value: u32) {
+        self.absolute(&[], 0x40, &[0x81], 1, offset);
+        self.dword(value as i32);
+    }
+
+    /// `test dword gs:[offset], value`.
+    pub fn test_dword(&mut self, offset: usize, value: u32) {
+        self.absolute(&[], 0x40, &[0xf7], 0, offset);
+        self.dword(value as i32);
+    }
+
+    /// `mov qword gs:[offset], value`.
+    pub fn store_constant(&mut self, offset: usize, value: i32) {
+        self.absolute(&[], 0x48, &[0xc7], 0, offset);
+        self.dword(value);
+    }
+
+    /// `movzx reg, word gs:[offset]`.
+    pub fn load_word(&mut self, reg: u8, offset: usize) {
+        self.absolute(&[], 0x40, &[0x0f, 0xb7], reg, offset);
+    }
+
+    /// `or reg, gs:[offset]`.
+    pub fn or_from(&mut self, reg: u8, offset: usize) {
+        self.absolute(&[], 0x48, &[0x0b], reg, offset);
+    }
+
+    /// `pext r11d, r11d, gs:[offset]`.
+    pub fn gather_r11(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0xc4, 0x62, 0x22, 0xf5, 0x1c, 0x25]);
+        self.dword(offset as i32);
+    }
+
+    /// `pdep r11d, r11d, gs:[offset]`.
+    pub fn scatter_r11(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0xc4, 0x62, 0x23, 0xf5, 0x1c, 0x25]);
+        self.dword(offset as i32);
+    }
+
     /// `cmp byte gs:[offset], 0`.
     pub fn compare_byte_zero(&mut self, offset: usize) {
         self.absolute(&[], 0x40, &[0x80], 7, offset);

@@ -15,12 +15,12 @@ pub struct Key {
 }
 
 impl Key {
-    /// A key; `mode` as [`super::frame::mode`] numbers it, `blocked` from [`crate::core::Core::fpu_blocked`].
+    /// A key; `mode` as [`super::frame::mode`] numbers it, `blocked` what code cannot do there.
     pub fn new(rip: u64, page: u64, mode: usize, shift: u8, blocked: u8) -> Self {
         debug_assert!(page & 0xfff == 0);
         Self {
             rip,
-            page: page | mode as u64 | u64::from(shift & 0x1f) << 2 | u64::from(blocked & 0xf) << 7,
+            page: page | mode as u64 | u64::from(shift & 0x1f) << 2 | u64::from(blocked & 0x1f) << 7,
         }
     }
 

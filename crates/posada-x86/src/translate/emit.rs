@@ -4,9 +4,11 @@
 //! about to destroy them ([`Emitter::saved`]); they return before the next instruction that wants them. Between two
 //! instructions the guest's state is therefore complete, and within one it changes in its last step only.
 
+mod system;
+
 use super::assembler::{Assembler, Hole, R10, R11, condition};
 use super::frame::{self, Table};
-use super::operation::{Kind, Memory, Operation, SCRATCH};
+use super::operation::{Kind, Memory, Operation, SCRATCH, System};
 use super::region::{End, Region};
 use super::stubs::{Leave, Stubs};
 use crate::shared::mailbox;
@@ -155,12 +157,9 @@ impl Emitter {
             Kind::JumpRegister(_) | Kind::JumpMemory(_) => true,
             _ => false,
         });
-        loops.then(|| {
-            region.live[..region.operations.len()]
-                .iter()
-                .position(|&live| live == 0)
-                .unwrap_or(0)
-        })
+        let after_sti = |at: usize| at > 0 && region.operations[at - 1].1.kind == Kind::System(System::Sti);
+        let dead = |at: &usize| region.live[*at] == 0 && !after_sti(*at);
+        loops.then(|| (0..region.operations.len()).find(dead).unwrap_or(0))
     }
 
     fn mark(&mut self) {
@@ -356,6 +355,7 @@ impl Emitter {
                 | Kind::JumpRegister(_)
                 | Kind::Branch(..)
                 | Kind::Count(..)
+                | Kind::System(_)
         );
         if checks {
             self.save(before != 0);
@@ -390,6 +390,8 @@ impl Emitter {
                 self.accessing(operation);
             }
             Kind::Address { register, size, memory } => self.compute(register, size, &memory),
+            Kind::System(System::SetAccess(_)) => self.control(operation, before != 0),
+            Kind::System(system) => self.system(system, before != 0),
             Kind::Nothing | Kind::Interpret => {}
             Kind::Push(register) => {
                 self.push_address();
@@ -494,6 +496,7 @@ impl Emitter {
                 self.settle(live);
                 self.jump_r10();
             }
+            Kind::System(System::SetAccess(on)) => self.set_access(on, next, live),
             Kind::Return(drop) => {
                 self.assembler.copy(R10, RSP);
                 self.check(8, false);

@@ -1,6 +1,7 @@
 //! What translated code finds at `gs:`: places in a [`Core`], and the few words that are the translator's own.
 
-use crate::core::{Core, VectorState};
+use crate::core::{Core, Msrs, VectorState};
+use crate::lapic::Lapic;
 use crate::tlb::{ENTRIES, Entry, Mmu, SUPERVISOR, SUPERVISOR_AC, USER};
 use std::mem::offset_of;
 
@@ -26,6 +27,10 @@ pub struct Frame {
     pub events: u64,
     /// The bits of RIP that number the slots of a jump cache.
     pub jump_mask: u32,
+    /// Where arithmetic flags are in a rotated [`Core::arithmetic`], and in RFLAGS.
+    pub flags_from: u32,
+    /// The same of RFLAGS.
+    pub flags_to: u32,
     /// The guest's vector registers and MXCSR are in the processor, not in the Core.
     pub vectors_live: u8,
     /// MXCSR as Rust wants it.
@@ -48,6 +53,8 @@ impl Default for Frame {
             temporary: 0,
             events: 0,
             jump_mask: 0,
+            flags_from: 0,
+            flags_to: 0,
             vectors_live: 0,
             host_mxcsr: 0x1f80,
             trap_rip: 0,
@@ -79,12 +86,28 @@ places! {
     EVENTS = events;
     /// [`Frame::jump_mask`].
     JUMP_MASK = jump_mask;
+    /// [`Frame::flags_from`].
+    FLAGS_FROM = flags_from;
+    /// [`Frame::flags_to`].
+    FLAGS_TO = flags_to;
     /// [`Frame::vectors_live`].
     VECTORS_LIVE = vectors_live;
     /// [`Frame::host_mxcsr`].
     HOST_MXCSR = host_mxcsr;
 }
 
+/// Arithmetic flags in [`Core::arithmetic`] rotated right by eight places: those of AH, and OF.
+pub const PACKED_FLAGS: u32 = 0x0100_00d5;
+/// RFLAGS without the arithmetic flags.
+pub const SYSTEM_FLAGS: usize = offset_of!(Core, system_flags);
+/// IA32_KERNEL_GS_BASE.
+pub const KERNEL_GS_BASE: usize = offset_of!(Core, msr) + offset_of!(Msrs, kernel_gs_base);
+/// Guest TSC minus host TSC.
+pub const TSC_OFFSET: usize = offset_of!(Core, msr) + offset_of!(Msrs, tsc_offset);
+/// An interrupt waits for IF.
+pub const INTERRUPT_DUE: usize = offset_of!(Core, lapic) + offset_of!(Lapic, due);
+/// The data table in use.
+pub const ACTIVE: usize = offset_of!(Core, mmu) + offset_of!(Mmu, active);
 /// RIP.
 pub const RIP: usize = reg(17);
 /// Arithmetic flags.
@@ -124,6 +147,16 @@ pub const fn mode(active: usize) -> Option<usize> {
     }
 }
 
+/// The first slot of a mode's data table.
+pub const fn active(mode: usize) -> usize {
+    ENTRIES
+        * match mode {
+            0 => USER,
+            1 => SUPERVISOR,
+            _ => SUPERVISOR_AC,
+        }
+}
+
 /// Places in the first entry of a mode's data table: tag of reads or of writes, and host address.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
@@ -137,12 +170,7 @@ pub struct Table {
 
 /// Where a mode's data table is.
 pub const fn table(mode: usize) -> Table {
-    let number = match mode {
-        0 => USER,
-        1 => SUPERVISOR,
-        _ => SUPERVISOR_AC,
-    };
-    let first = offset_of!(Core, mmu) + offset_of!(Mmu, entries) + number * ENTRIES * size_of::<Entry>();
+    let first = offset_of!(Core, mmu) + offset_of!(Mmu, entries) + active(mode) * size_of::<Entry>();
     Table {
         read: first + offset_of!(Entry, read),
         write: first + offset_of!(Entry, write),

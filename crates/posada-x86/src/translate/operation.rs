@@ -93,8 +93,35 @@ pub enum Kind {
     CallMemory(Memory),
     /// RET; bytes to drop.
     Return(u16),
+    /// The kernel's.
+    System(System),
     /// The interpreter's.
     Interpret,
+}
+
+/// An instruction that changes more than registers and memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum System {
+    /// CLI.
+    Cli,
+    /// STI.
+    Sti,
+    /// SWAPGS.
+    Swapgs,
+    /// PUSHFQ.
+    PushFlags,
+    /// RDTSC.
+    ReadTsc,
+    /// STAC or CLAC.
+    SetAccess(bool),
+}
+
+/// What code cannot do where it runs, beside [`crate::core::Core::fpu_blocked`].
+pub mod limits {
+    /// RDTSC is not allowed, or more than the host's and an addition.
+    pub const TSC: u8 = 0x10;
+    /// The privilege level is 3.
+    pub const USER: u8 = 0x20;
 }
 
 /// One decoded instruction.
@@ -193,6 +220,9 @@ impl Reader {
                 operation.changes = flags::ALL;
             }
         }
+        if i.mnemonic() == Mnemonic::Pushfq {
+            operation.reads = flags::ALL;
+        }
         operation.tells = tells(i.mnemonic());
         operation.traps =
             matches!(treatment, Treatment::Vector(_)) || matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
@@ -200,6 +230,7 @@ impl Reader {
             Treatment::Interpret => return None,
             Treatment::Nothing => Kind::Nothing,
             Treatment::Control => self.control()?,
+            Treatment::System => Kind::System(self.system(blocked)?),
             Treatment::Stack => self.stack(operation)?,
             Treatment::Integer | Treatment::Vector(_) => self.plain(operation, treatment, blocked)?,
         };
@@ -255,6 +286,26 @@ impl Reader {
             FlowControl::Return if i.code() == iced_x86::Code::Retnq_imm16 => Kind::Return(i.immediate16()),
             _ => return None,
         })
+    }
+
+    fn system(&self, blocked: u8) -> Option<System> {
+        use Mnemonic as M;
+        let system = match self.instruction.mnemonic() {
+            M::Cli => System::Cli,
+            M::Sti => System::Sti,
+            M::Swapgs => System::Swapgs,
+            M::Stac => System::SetAccess(true),
+            M::Clac => System::SetAccess(false),
+            M::Pushfq => System::PushFlags,
+            M::Rdtsc => System::ReadTsc,
+            _ => return None,
+        };
+        let needed = match system {
+            System::PushFlags => 0,
+            System::ReadTsc => limits::TSC,
+            _ => limits::USER,
+        };
+        (blocked & needed == 0).then_some(system)
     }
 
     fn stack(&self, operation: &mut Operation) -> Option<Kind> {

@@ -4,7 +4,7 @@
 //! Flags at returns, calls and indirect jumps are taken for dead, as compilers have it, unless the last instruction that
 //! changed them does nothing else and nobody has read them: then they are a function's result.
 
-use super::operation::{Kind, Operation, Reader, flags};
+use super::operation::{Kind, Operation, Reader, System, flags};
 
 /// Instructions of a block at most.
 const LONGEST: usize = 64;
@@ -28,7 +28,7 @@ pub struct Page<'a> {
     pub bytes: &'a [u8],
     /// Linear address of the first.
     pub linear: u64,
-    /// [`crate::core::Core::fpu_blocked`].
+    /// [`crate::core::Core::fpu_blocked`] and [`super::operation::limits`].
     pub blocked: u8,
 }
 
@@ -113,6 +113,7 @@ impl Region {
         for at in (0..self.operations.len()).rev() {
             let operation = &self.operations[at].1;
             match operation.kind {
+                Kind::System(System::SetAccess(_)) => live = self.ahead(reader, page, self.limit(), AHEAD),
                 Kind::Jump(target) => live = self.ahead(reader, page, target, AHEAD),
                 Kind::Branch(_, target) | Kind::Count(_, target) => live |= self.ahead(reader, page, target, AHEAD),
                 kind if anywhere(kind) => {
@@ -177,7 +178,7 @@ impl Region {
 
 /// True if nothing of the block follows.
 fn leaves(kind: Kind) -> bool {
-    matches!(kind, Kind::Jump(_) | Kind::Call(_)) || anywhere(kind)
+    matches!(kind, Kind::Jump(_) | Kind::Call(_) | Kind::System(System::SetAccess(_))) || anywhere(kind)
 }
 
 /// True if the successor's flags are not looked at.

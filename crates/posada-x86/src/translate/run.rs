@@ -4,7 +4,7 @@ use super::blocks::{Block, Blocks, Branch, Key, Map};
 use super::cache::CodeCache;
 use super::emit::{Emitter, Place};
 use super::frame::{self, JUMPS, MODES};
-use super::operation::Reader;
+use super::operation::{Reader, limits};
 use super::region::{Page, Region};
 use super::stubs::{self, Enter, Leave, Stubs};
 use super::trap;
@@ -97,6 +97,8 @@ impl Translator {
         trap::activate(self.cache.range(), self.stubs.trap);
         core.frame.events = core.shared.mailbox().events_address();
         core.frame.jump_mask = self.jump_mask;
+        core.frame.flags_from = frame::PACKED_FLAGS;
+        core.frame.flags_to = crate::core::flag::ARITHMETIC as u32;
         if core.frame.jumps[0][0] == 0 {
             core.frame.jumps = [[self.unknown(); JUMPS]; MODES];
         }
@@ -116,7 +118,8 @@ impl Translator {
 
     /// Runs translated code from RIP on until it does not go on.
     pub fn run(&mut self, core: &mut Core) -> Ran {
-        let Some(mode) = frame::mode(core.mmu.active).filter(|_| core.bits64()) else {
+        let runs = core.bits64() && matches!(core.cpl, 0 | 3);
+        let Some(mode) = frame::mode(core.mmu.active).filter(|_| runs) else {
             return Ran::Nothing;
         };
         self.synchronize(core);
@@ -174,7 +177,7 @@ impl Translator {
     fn synchronize(&mut self, core: &mut Core) {
         let (code, generation) = (core.ram.code(), core.mmu.generation());
         let changes = code.changes();
-        let mut all = generation.all != self.generation.all || core.fpu_blocked != self.blocked;
+        let mut all = generation.all != self.generation.all || core.limits() != self.blocked;
         if changes != self.changes {
             self.changes = changes;
             all |= self
@@ -182,7 +185,7 @@ impl Translator {
                 .forget_stale(|page| code.page(page).version(), &mut self.cache);
         }
         if all || generation.context != self.generation.context {
-            (self.generation, self.blocked) = (generation, core.fpu_blocked);
+            (self.generation, self.blocked) = (generation, core.limits());
             self.forget_jumps(core, !all);
         }
     }
@@ -227,7 +230,7 @@ impl Translator {
         // The interpreter will raise what this raises.
         let (page, host) = core.fetch_page(rip).ok()?;
         let shift = core.fetched_shift(rip);
-        let key = Key::new(rip, page, mode, shift, core.fpu_blocked);
+        let key = Key::new(rip, page, mode, shift, core.limits());
         if let Some(number) = self.blocks.find(&key)
             && self.blocks.get(number).version == core.ram.code().page(page).version()
         {
@@ -264,7 +267,7 @@ impl Translator {
             let page = Page {
                 bytes: &bytes,
                 linear: place.rip - offset,
-                blocked: core.fpu_blocked,
+                blocked: core.limits(),
             };
             if !self.region.read(&mut self.reader, &page, place.rip) {
                 self.refused.insert(key, version);
@@ -309,6 +312,15 @@ impl Core {
             translator.activate(self);
             self.translator = Some(translator);
         }
+    }
+
+    /// What code cannot do where it runs: what its translation depends on.
+    fn limits(&self) -> u8 {
+        let user = self.cpl == 3;
+        let deadline = 1 << 60;
+        let plain = self.rate.guest(deadline) == deadline;
+        let tsc = plain && !(user && self.cr[4] & 1 << 2 != 0);
+        self.fpu_blocked | if tsc { 0 } else { limits::TSC } | if user { limits::USER } else { 0 }
     }
 
     /// Runs translated code from RIP on, and interprets single instructions amid it, until something else is to be looked at.

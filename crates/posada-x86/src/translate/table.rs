@@ -17,6 +17,8 @@ pub enum Treatment {
     Stack,
     /// Near jumps, calls, returns.
     Control,
+    /// The kernel's own.
+    System,
     /// No effect.
     Nothing,
 }
@@ -42,6 +44,8 @@ fn classify(code: Code) -> Treatment {
                 | F::X64
                 | F::CX8
                 | F::CMOV
+                | F::TSC
+                | F::SMAP
                 | F::MULTIBYTENOP
                 | F::CET_IBT
                 | F::PREFETCHW
@@ -67,6 +71,8 @@ fn classify(code: Code) -> Treatment {
         | M::Prefetchw
         | M::Prefetch
         | M::Reservednop => return Treatment::Nothing,
+        M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac => return Treatment::System,
+        M::Pushfq | M::Rdtsc if shown(CpuidFeature::BMI2) => return Treatment::System,
         M::Push | M::Pop | M::Leave => return Treatment::Stack,
         M::Jmp | M::Call | M::Ret | M::Loop | M::Loope | M::Loopne | M::Jrcxz => return Treatment::Control,
         _ if code.is_jcc_short_or_near() => return Treatment::Control,
