@@ -63,15 +63,16 @@ impl Region {
         self.end.expect("read")
     }
 
-    /// Address after the last instruction.
-    pub fn limit(&self) -> u64 {
+    /// Bytes of its instructions.
+    pub fn length(&self) -> u64 {
         self.operations
-            .last()
-            .map_or(0, |(rip, operation)| rip + u64::from(operation.length))
+            .iter()
+            .map(|(_, operation)| u64::from(operation.length))
+            .sum()
     }
 
-    /// Reads a block. False if its first instruction is the interpreter's.
-    pub fn read(&mut self, reader: &mut Reader, page: &Page, start: u64) -> bool {
+    /// Reads a block. It is empty if its first instruction is the interpreter's.
+    pub fn read(&mut self, reader: &mut Reader, page: &Page, start: u64) {
         self.operations.clear();
         let mut rip = start;
         self.end = Some(loop {
@@ -94,11 +95,7 @@ impl Region {
                 break End::Branch;
             }
         });
-        if self.operations.is_empty() {
-            return false;
-        }
         self.find_live(reader, page);
-        true
     }
 
     fn find_live(&mut self, reader: &mut Reader, page: &Page) {
@@ -113,7 +110,7 @@ impl Region {
         for at in (0..self.operations.len()).rev() {
             let operation = &self.operations[at].1;
             match operation.kind {
-                Kind::System(System::SetAccess(_)) => live = self.ahead(reader, page, self.limit(), AHEAD),
+                Kind::System(System::SetAccess(_)) => live = self.ahead(reader, page, self.after(at), AHEAD),
                 Kind::Jump(target) => live = self.ahead(reader, page, target, AHEAD),
                 Kind::Branch(_, target) | Kind::Count(_, target) => live |= self.ahead(reader, page, target, AHEAD),
                 kind if anywhere(kind) => {
@@ -131,6 +128,12 @@ impl Region {
             }
             self.live[at] = live;
         }
+    }
+
+    /// RIP after instruction `at`.
+    fn after(&self, at: usize) -> u64 {
+        let (rip, operation) = &self.operations[at];
+        rip.wrapping_add(operation.length.into())
     }
 
     /// True if flags seem to be meant for whoever comes after instruction `at`.

@@ -1,6 +1,6 @@
 //! Running translated blocks, and finding, making and forgetting them on the way.
 
-use super::blocks::{Block, Blocks, Branch, Key, Map};
+use super::blocks::{Block, Blocks, Branch, Key};
 use super::cache::CodeCache;
 use super::emit::{Emitter, Place};
 use super::frame::{self, JUMPS, MODES};
@@ -43,8 +43,6 @@ pub struct Translator {
     emitter: Emitter,
     counters: Box<[u8]>,
     threshold: u8,
-    /// Where the first instruction is the interpreter's, with the version of the page.
-    refused: Map<Key, u32>,
     /// Filled slots of the jump caches, and whether their pages are global.
     filled: Vec<(u8, u16, bool)>,
     /// The blocks that filled slots lead to.
@@ -81,7 +79,6 @@ impl Translator {
             emitter: Emitter::new(stubs, bmi2, jump_mask),
             counters: vec![0; COUNTERS].into(),
             threshold: THRESHOLD,
-            refused: Map::default(),
             filled: Vec::new(),
             jump_blocks: Box::new([[0; JUMPS]; MODES]),
             generation: Generation::default(),
@@ -241,16 +238,11 @@ impl Translator {
         if *counter < self.threshold {
             return None;
         }
-        if let Some(&version) = self.refused.get(&key)
-            && version == core.ram.code().page(page).version()
-        {
-            return None;
-        }
-        self.translate(core, key, Place { rip, mode, shift }, host)
+        Some(self.translate(core, key, Place { rip, mode, shift }, host))
     }
 
     #[cold]
-    fn translate(&mut self, core: &mut Core, key: Key, place: Place, host: *const u8) -> Option<u32> {
+    fn translate(&mut self, core: &mut Core, key: Key, place: Place, host: *const u8) -> u32 {
         if self.cache.room() < LARGEST {
             self.forget_jumps(core, false);
             self.blocks.clear();
@@ -261,7 +253,6 @@ impl Translator {
         let record = ram.code().page(key.page());
         let offset = place.rip % PAGE;
         loop {
-            let version = record.version();
             let mut bytes = [0; PAGE as usize];
             read_page(host, &mut bytes);
             let page = Page {
@@ -269,12 +260,9 @@ impl Translator {
                 linear: place.rip - offset,
                 blocked: core.limits(),
             };
-            if !self.region.read(&mut self.reader, &page, place.rip) {
-                self.refused.insert(key, version);
-                return None;
-            }
+            self.region.read(&mut self.reader, &page, place.rip);
             // The code map's protocol: mark, read the version, read the bytes, look at the mark.
-            let length = self.region.limit() - place.rip;
+            let length = self.region.length().max(1);
             if record.mark(offset, length) {
                 core.mmu.forbid_writes(key.page());
                 core.shared.announce_code();
@@ -300,7 +288,7 @@ impl Translator {
             let entry = start + emitter.entry as u64;
             let block = Block::new(key, start, entry, version, &emitter.marks, branches);
             self.cache.append(&emitter.assembler.code);
-            return Some(self.blocks.add(block));
+            return self.blocks.add(block);
         }
     }
 }
