@@ -120,6 +120,8 @@ pub enum System {
 pub mod limits {
     /// RDTSC is not allowed, or more than the host's and an addition.
     pub const TSC: u8 = 0x10;
+    /// RDTSC is not allowed to user mode.
+    pub const TSC_USER: u8 = 0x40;
     /// The privilege level is 3.
     pub const USER: u8 = 0x20;
 }

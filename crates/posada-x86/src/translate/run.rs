@@ -48,7 +48,7 @@ pub struct Translator {
     /// The blocks that filled slots lead to.
     jump_blocks: Box<[[u32; JUMPS]; MODES]>,
     generation: Generation,
-    blocked: u8,
+    settings: u8,
     changes: u64,
     /// How often the cache was full.
     flushes: u64,
@@ -82,7 +82,7 @@ impl Translator {
             filled: Vec::new(),
             jump_blocks: Box::new([[0; JUMPS]; MODES]),
             generation: Generation::default(),
-            blocked: 0,
+            settings: 0,
             changes: 0,
             flushes: 0,
             jump_mask,
@@ -174,7 +174,7 @@ impl Translator {
     fn synchronize(&mut self, core: &mut Core) {
         let (code, generation) = (core.ram.code(), core.mmu.generation());
         let changes = code.changes();
-        let mut all = generation.all != self.generation.all || core.limits() != self.blocked;
+        let mut all = generation.all != self.generation.all || core.settings() != self.settings;
         if changes != self.changes {
             self.changes = changes;
             all |= self
@@ -182,7 +182,7 @@ impl Translator {
                 .forget_stale(|page| code.page(page).version(), &mut self.cache);
         }
         if all || generation.context != self.generation.context {
-            (self.generation, self.blocked) = (generation, core.limits());
+            (self.generation, self.settings) = (generation, core.settings());
             self.forget_jumps(core, !all);
         }
     }
@@ -305,10 +305,18 @@ impl Core {
     /// What code cannot do where it runs: what its translation depends on.
     fn limits(&self) -> u8 {
         let user = self.cpl == 3;
-        let deadline = 1 << 60;
-        let plain = self.rate.guest(deadline) == deadline;
-        let tsc = plain && !(user && self.cr[4] & 1 << 2 != 0);
-        self.fpu_blocked | if tsc { 0 } else { limits::TSC } | if user { limits::USER } else { 0 }
+        let settings = self.settings();
+        let tsc = if user { limits::TSC_USER } else { 0 };
+        let limits = settings & !limits::TSC_USER | if settings & tsc != 0 { limits::TSC } else { 0 };
+        limits | if user { limits::USER } else { 0 }
+    }
+
+    /// What [`Core::limits`] follows from, at any privilege level.
+    fn settings(&self) -> u8 {
+        // Both counters run alike.
+        let plain = self.rate.guest(1 << 60) == 1 << 60;
+        let forbidden = self.cr[4] & 1 << 2 != 0;
+        self.fpu_blocked | if plain { 0 } else { limits::TSC } | if forbidden { limits::TSC_USER } else { 0 }
     }
 
     /// Runs translated code from RIP on, and interprets single instructions amid it, until something else is to be looked at.

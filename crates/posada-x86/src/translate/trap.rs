@@ -92,7 +92,7 @@ pub fn activate(range: Range<u64>, trap: u64) {
 pub fn set_gs(core: *mut Core) {
     if fsgsbase() {
         // SAFETY: the kernel allows the instruction, and nothing else in this process uses GS.
-        unsafe { asm!("wrgsbase {}", in(reg) core, options(nomem, nostack, preserves_flags)) };
+        unsafe { asm!("wrgsbase {}", in(reg) core as u64, options(nomem, nostack, preserves_flags)) };
     } else {
         const ARCH_SET_GS: libc::c_long = 0x1001;
         // SAFETY: as above.
