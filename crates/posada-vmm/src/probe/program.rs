@@ -8,7 +8,7 @@ use std::fmt;
 use vm_memory::{Bytes, GuestAddress};
 
 /// Where the program lies in guest RAM and begins. A multiple of 64 KiB.
-const BASE: u32 = 0x1_0000;
+pub const BASE: u32 = 0x1_0000;
 /// Bytes of RAM that it needs.
 pub const RAM: u64 = 4 << 20;
 
@@ -109,17 +109,22 @@ impl Phase {
         Self::ALL.get(number as usize).copied()
     }
 
-    /// How often it does what it is about; for [`Phase::Compute`] and [`Phase::Start`] in instructions, about.
+    /// How often it does what it is about; [`Phase::Start`] and [`Phase::Compute`] in instructions, about.
     pub fn repeats(self) -> u32 {
         match self {
             Self::Start => 512 * 13,
-            Self::Compute => COMPUTE * 16,
+            Self::Compute => COMPUTE * 67 / 4,
             Self::PageFaults => ROUNDS * PAGES,
             Self::SystemCalls => CALLS,
             Self::AddressSpaces => SWITCHES * 2,
             Self::Devices => READS,
             Self::Timer => TICKS,
         }
+    }
+
+    /// Nanoseconds that one repetition waits for by design.
+    pub fn wait(self) -> u32 {
+        if self == Self::Timer { TIMER_COUNT } else { 0 }
     }
 
     /// The checksum at its end.
@@ -141,6 +146,20 @@ impl Phase {
             }),
         }
         (sum.0 >> 32 ^ sum.0) as u32
+    }
+}
+
+impl Phase {
+    /// What it repeats, in the singular.
+    pub fn one(self) -> &'static str {
+        match self {
+            Self::Start | Self::Compute => "an instruction",
+            Self::PageFaults => "a page fault",
+            Self::SystemCalls => "a system call",
+            Self::AddressSpaces => "a change of address space",
+            Self::Devices => "a device access",
+            Self::Timer => "a timer interrupt",
+        }
     }
 }
 

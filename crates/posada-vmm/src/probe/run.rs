@@ -4,6 +4,7 @@ use super::program::{self, Phase};
 use posada_engine::{Engine, Error, Exit, Kick, Machine, Vcpu};
 use posada_memory::GuestRam;
 use serde::{Deserialize, Serialize};
+use std::fmt;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -11,6 +12,10 @@ use std::time::{Duration, Instant};
 
 /// How long an engine has for coming back once it was told to stop.
 const GRACE: Duration = Duration::from_millis(500);
+/// How often the program runs on an engine...
+const RUNS: u32 = 3;
+/// ...unless this has passed.
+const QUICK: Duration = Duration::from_millis(100);
 
 /// How the program went.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -39,20 +44,48 @@ pub enum End {
     Stuck(Phase),
 }
 
-impl Outcome {
-    /// Seconds for all completed phases.
-    pub fn total(&self) -> f64 {
-        self.phases.iter().map(|(_, seconds)| seconds).sum()
+impl fmt::Display for End {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Finished => write!(out, "it has finished"),
+            Self::Refused(why) => write!(out, "{why}"),
+            Self::Wrong(phase) => write!(out, "it went wrong in the phase \"{phase}\""),
+            Self::Late(phase, limit) => write!(out, "after {limit} s it was still in the phase \"{phase}\""),
+            Self::Failed(phase, why) => write!(out, "in the phase \"{phase}\": {why}"),
+            Self::Stuck(phase) => write!(out, "it could not be stopped in the phase \"{phase}\""),
+        }
     }
+}
+
+/// Makes the engine that the program shall run on.
+pub trait Make: Fn(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error> + Clone + Send + 'static {}
+
+impl<F: Fn(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error> + Clone + Send + 'static> Make for F {}
+
+/// Runs the program up to [`RUNS`] times while that is quick, each time for `limit` at the most; gives the best time of each
+/// phase, since other programs can only make it longer. A run that does not finish speaks for all.
+pub fn best(make: impl Make, limit: Duration) -> Outcome {
+    let begin = Instant::now();
+    let mut best = run(make.clone(), limit);
+    for _ in 1..RUNS {
+        if best.end != End::Finished || begin.elapsed() > QUICK {
+            break;
+        }
+        let again = run(make.clone(), limit);
+        if again.end != End::Finished {
+            return again;
+        }
+        for ((_, best), (_, again)) in best.phases.iter_mut().zip(&again.phases) {
+            *best = best.min(*again);
+        }
+    }
+    best
 }
 
 /// Runs the program on the engine that `make` gives, for `limit` at the most and a little more.
 ///
 /// An engine may be so broken that it does not even stop; its thread is left behind then.
-pub fn run(
-    make: impl FnOnce(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error> + Send + 'static,
-    limit: Duration,
-) -> Outcome {
+pub fn run(make: impl Make, limit: Duration) -> Outcome {
     let host = Arc::new(Host::new());
     let (sender, ended) = channel();
     let theirs = host.clone();
@@ -86,7 +119,7 @@ fn died(host: &Host) -> End {
 }
 
 /// The vCPU's thread.
-fn run_cpu(host: &Arc<Host>, make: impl FnOnce(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error>) -> End {
+fn run_cpu(host: &Arc<Host>, make: impl Make) -> End {
     let mut cpu = match make_cpu(host, make) {
         Ok(cpu) => cpu,
         Err(why) => return End::Refused(why),
@@ -108,10 +141,7 @@ fn run_cpu(host: &Arc<Host>, make: impl FnOnce(Arc<GuestRam>) -> Result<Arc<dyn 
     }
 }
 
-fn make_cpu(
-    host: &Arc<Host>,
-    make: impl FnOnce(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error>,
-) -> Result<Box<dyn Vcpu>, String> {
+fn make_cpu(host: &Arc<Host>, make: impl Make) -> Result<Box<dyn Vcpu>, String> {
     let ram = Arc::new(GuestRam::new(program::RAM).map_err(|error| error.to_string())?);
     let entry = program::load(&ram);
     let mut cpu = make(ram)
