@@ -1,7 +1,7 @@
 //! The `posada` command. See `posada help`.
 
+mod accel;
 mod doctor;
-mod engine;
 mod run;
 mod signals;
 mod size;

@@ -65,6 +65,7 @@ pub fn decide(kvm: Outcome, emulator: Outcome) -> Decision {
 
 /// Decides between two that have finished.
 fn faster(kvm: &Outcome, emulator: &Outcome) -> (Choice, String) {
+    let cost = |outcome, phase| unit_seconds(outcome, phase).unwrap_or(0.0);
     let boots = (boot_seconds(kvm), boot_seconds(emulator));
     let better = if boots.0 < boots.1 {
         Choice::Kvm
@@ -73,7 +74,7 @@ fn faster(kvm: &Outcome, emulator: &Outcome) -> (Choice, String) {
     };
     // The phase that speaks loudest for the better one.
     let difference = |&(phase, count): &(Phase, f64)| {
-        let difference = count * (unit_seconds(emulator, phase) - unit_seconds(kvm, phase));
+        let difference = count * (cost(emulator, phase) - cost(kvm, phase));
         if better == Choice::Kvm { difference } else { -difference }
     };
     let (loudest, _) = BOOT
@@ -86,25 +87,23 @@ fn faster(kvm: &Outcome, emulator: &Outcome) -> (Choice, String) {
         time(boots.0),
         time(boots.1),
         loudest.one(),
-        time(unit_seconds(kvm, loudest)),
-        time(unit_seconds(emulator, loudest)),
+        time(cost(kvm, loudest)),
+        time(cost(emulator, loudest)),
     );
     (better, reason)
 }
 
-/// Seconds of processor time that a boot of Linux takes on an engine on which the program went like that.
+/// Seconds of processor time that a boot of Linux takes on an engine on which the program has finished like that.
 pub fn boot_seconds(outcome: &Outcome) -> f64 {
     BOOT.into_iter()
-        .map(|(phase, count)| count * unit_seconds(outcome, phase))
+        .filter_map(|(phase, count)| Some(count * unit_seconds(outcome, phase)?))
         .sum()
 }
 
-/// Seconds that one repetition of what `phase` does has cost, waiting excepted; zero if it was not reached.
-pub fn unit_seconds(outcome: &Outcome, phase: Phase) -> f64 {
-    let taken = outcome.phases.iter().find(|(done, _)| *done == phase);
-    taken.map_or(0.0, |(_, seconds)| {
-        (seconds / f64::from(phase.repeats()) - f64::from(phase.wait()) * 1e-9).max(0.0)
-    })
+/// Seconds that one repetition of what `phase` does has cost, waiting excepted, if it was completed.
+pub fn unit_seconds(outcome: &Outcome, phase: Phase) -> Option<f64> {
+    let (_, seconds) = outcome.phases.iter().find(|(done, _)| *done == phase)?;
+    Some((seconds / f64::from(phase.repeats()) - f64::from(phase.wait()) * 1e-9).max(0.0))
 }
 
 /// A time for people, with its unit and two digits.
@@ -210,7 +209,7 @@ mod tests {
     #[test]
     fn a_timer_s_own_delay_is_not_held_against_an_engine() {
         let wait = f64::from(Phase::Timer.wait()) * 1e-9;
-        let unit = unit_seconds(&finished(1.0), Phase::Timer);
+        let unit = unit_seconds(&finished(1.0), Phase::Timer).unwrap();
         assert!((unit - (30e-6 - wait)).abs() < 1e-9, "{unit}");
     }
 
