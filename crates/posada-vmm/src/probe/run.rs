@@ -144,10 +144,12 @@ fn run_cpu(host: &Arc<Host>, make: impl Make) -> End {
 fn make_cpu(host: &Arc<Host>, make: impl Make) -> Result<Box<dyn Vcpu>, String> {
     let ram = Arc::new(GuestRam::new(program::RAM).map_err(|error| error.to_string())?);
     let entry = program::load(&ram);
+    // The reader knows which engine it is about.
+    let why = |(Error::Host(why) | Error::State(why))| why;
     let mut cpu = make(ram)
         .and_then(|engine| engine.create_vcpu(0, host.clone()))
-        .map_err(|error| error.to_string())?;
-    cpu.set_state(&entry).map_err(|error| error.to_string())?;
+        .map_err(why)?;
+    cpu.set_state(&entry).map_err(why)?;
     host.log().kick = Some(cpu.kicker());
     Ok(cpu)
 }
