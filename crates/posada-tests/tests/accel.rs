@@ -159,22 +159,27 @@ fn auto_chooses_kvm_in_the_test_host_and_does_without_where_there_is_none() {
 
     // A user who is in no group.
     nested
-        .run("echo kvm:x:108: >>/etc/group && chown 0:108 /dev/kvm && chmod 660 /dev/kvm")
+        .run(
+            "mkdir -p /etc && echo kvm:x:108: >>/etc/group && echo nobody:x:65534:65534::/tmp:/bin/sh >>/etc/passwd && \
+             chown 0:108 /dev/kvm && chmod 660 /dev/kvm",
+        )
         .success();
-    nested.run("mkdir -p /tmp/nobody && chmod 777 /tmp/nobody").success();
-    let line = format!(
-        "XDG_CACHE_HOME=/tmp/nobody POSADA_LOG=posada=info setuidgid 65534 {} run --memory 64M --debug-exit --kernel {}",
-        posada().display(),
-        bare_program("hello").display()
-    );
+    let run = |accel: &str| {
+        let program = bare_program("hello");
+        nested.run(&format!(
+            "su nobody -c '{} run --memory 64M --debug-exit --kernel {} --accel {accel}' </dev/null 2>&1",
+            posada().display(),
+            program.display()
+        ))
+    };
     let told = "belongs to the group kvm; join it by sudo usermod -aG kvm";
-    let answer = nested.run(&format!("{line} --accel kvm </dev/null 2>&1"));
+    let answer = run("kvm");
     assert!(
         answer.status == 125 && answer.output.contains(told),
         "{}",
         answer.output
     );
-    let answer = nested.run(&format!("{line} --accel auto </dev/null 2>&1"));
+    let answer = run("auto");
     assert!(answer.status == 33 && answer.output.contains(told), "{}", answer.output);
 
     // No device.
