@@ -2,6 +2,7 @@
 
 use posada_vmm::probe::Decision;
 use serde::{Deserialize, Serialize};
+use std::arch::x86_64::__cpuid;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io, process};
 
@@ -25,13 +26,6 @@ impl Key {
     pub fn of_host() -> Self {
         use std::os::unix::fs::MetadataExt;
         let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_string();
-        let processors = read("/proc/cpuinfo");
-        let processor = |name: &str| {
-            let line = processors.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| line.split_once(": "))
-                .map_or("", |(_, value)| value)
-                .to_string()
-        };
         let program = fs::metadata("/proc/self/exe").map_or(String::new(), |file| {
             format!("{} {} {} {}", file.dev(), file.ino(), file.size(), file.mtime())
         });
@@ -42,11 +36,31 @@ impl Key {
                 read("/proc/sys/kernel/osrelease"),
                 read("/proc/sys/kernel/version")
             ),
-            processor: format!("{} microcode {}", processor("model name"), processor("microcode")),
+            processor: format!(
+                "{} microcode {}",
+                processor_name(),
+                read("/sys/devices/system/cpu/cpu0/microcode/version")
+            ),
             program: format!("{} {program}", env!("CARGO_PKG_VERSION")),
             kvm: super::device::identity(),
         }
     }
+}
+
+/// Signature and brand of the host's processor (Intel SDM 2A, CPUID). /proc/cpuinfo has them too, and is slow where there
+/// are many processors.
+fn processor_name() -> String {
+    let words = |leaf| {
+        let result = __cpuid(leaf);
+        [result.eax, result.ebx, result.ecx, result.edx]
+    };
+    let signature = words(1)[0];
+    if words(0x8000_0000)[0] < 0x8000_0004 {
+        return format!("{signature:#x}");
+    }
+    let brand = (0x8000_0002..=0x8000_0004).flat_map(words);
+    let brand: Vec<u8> = brand.flat_map(u32::to_le_bytes).take_while(|byte| *byte != 0).collect();
+    format!("{signature:#x} {}", String::from_utf8_lossy(&brand).trim())
 }
 
 #[derive(Serialize, Deserialize)]

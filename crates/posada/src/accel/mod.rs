@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use posada_engine::cpu::{Baseline, CpuModel, Offer};
 use posada_engine::{Engine, Error};
 use posada_memory::GuestRam;
-use posada_vmm::probe::{self, Choice, Decision, End};
+use posada_vmm::probe::{self, Choice, Decision, End, Make};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,14 +83,13 @@ impl Kind {
         })
     }
 
-    /// How the probe program goes.
-    fn probe(self) -> probe::Outcome {
-        let make = move |ram| {
+    /// Makes it for the probe program.
+    fn for_probe(self) -> impl Make {
+        move |ram| {
             let model = CpuModel::new(&self.offer()?, 1, None)
                 .map_err(|feature| Error::Host(format!("its processor lacks {feature}")))?;
             self.make(ram, &model)
-        };
-        probe::best(make, LIMIT)
+        }
     }
 }
 
@@ -133,7 +132,10 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
 
 /// What `auto` chooses on this host; with `anew` by a new run of the probe program.
 pub fn auto(anew: bool) -> Chosen {
-    let probe = || probe::decide(Kind::Kvm.probe(), Kind::Emulator.probe());
+    let probe = || {
+        let (kvm, emulator) = probe::compare(Kind::Kvm.for_probe(), Kind::Emulator.for_probe(), LIMIT);
+        probe::decide(kvm, emulator)
+    };
     choose_by(device::check(), &Cache::of_user(), anew, probe)
 }
 
@@ -261,7 +263,7 @@ mod tests {
 
     #[test]
     fn the_software_cpu_passes_the_probe() {
-        let outcome = Kind::Emulator.probe();
+        let outcome = probe::run(Kind::Emulator.for_probe(), LIMIT);
         assert!(matches!(outcome.end, End::Finished | End::Late(..)), "{outcome:?}");
     }
 }
