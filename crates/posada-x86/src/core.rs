@@ -194,6 +194,8 @@ pub struct Core {
     pub pdptes: [u64; 4],
     /// Guest instructions executed.
     pub instructions: u64,
+    /// Times when the machine was asked or told something.
+    pub exits: u64,
     /// The processor shut down (triple fault).
     pub shut_down: bool,
     /// HLT ran: sleep until the next event.
@@ -244,6 +246,7 @@ impl Core {
             entered: false,
             pdptes: [0; 4],
             instructions: 0,
+            exits: 0,
             shut_down: false,
             halted: false,
             debug: DebugControl::default(),

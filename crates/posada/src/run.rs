@@ -156,7 +156,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         "console=ttyS0"
     };
     let chosen = accel::choose(arguments.accel)?;
-    let model = accel::model(chosen.kind, arguments.cpus, arguments.cpu_model.baseline())?;
+    let model = chosen.model(arguments.cpus, arguments.cpu_model.baseline())?;
     let config = Config {
         kernel: arguments.kernel.clone(),
         initramfs: arguments.initramfs.clone(),
