@@ -1,10 +1,12 @@
 //! One software CPU: architectural state and the caches that speed it up, owned by its vCPU thread.
 
+use crate::clock::Rate;
 use crate::fault::{Exception, Exec, Raised, vector};
 use crate::interpret::Cache;
 use crate::lapic::Lapic;
 use crate::native::Native;
 use crate::shared::Shared;
+use crate::system::steal::Steal;
 use crate::tlb::Mmu;
 use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment, Xsave};
 use posada_memory::GuestRam;
@@ -111,6 +113,10 @@ pub struct Msrs {
     pub wall_clock: u64,
     /// MSR_KVM_SYSTEM_TIME_NEW.
     pub system_time: u64,
+    /// MSR_KVM_STEAL_TIME.
+    pub steal_time: u64,
+    /// MSR_KVM_PV_EOI_EN.
+    pub pv_eoi: u64,
 }
 
 /// The vector and x87 state as XSAVE sees it.
@@ -206,12 +212,18 @@ pub struct Core {
     pub cache: Cache,
     /// PAUSE instructions executed.
     pub pauses: u32,
+    /// What the guest has yet to be told of time that the host took.
+    pub steal: Steal,
+    /// Of the settings of the VM's clock, what the guest was told last: see [`crate::shared::Vm::set_clock`].
+    pub clock_settings: u64,
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
     /// The machine around.
     pub machine: Arc<dyn Machine>,
     /// What other vCPUs and threads see of this vCPU and of the VM.
     pub shared: Arc<Shared>,
+    /// How fast the guest's TSC runs: the VM's.
+    pub rate: Rate,
 }
 
 impl Core {
@@ -250,8 +262,11 @@ impl Core {
             debug_passed: None,
             cache: Cache::default(),
             pauses: 0,
+            steal: Steal::default(),
+            clock_settings: shared.vm().clock_settings(),
             ram,
             machine,
+            rate: shared.vm().rate(),
             shared,
         };
         core.set_state(&CpuState::reset());

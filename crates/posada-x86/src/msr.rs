@@ -5,6 +5,7 @@ use crate::cpuid::features;
 use crate::fault::Exec;
 use crate::insn::Insn;
 use crate::system::descriptor::canonical;
+use crate::system::steal;
 use crate::walk::PHYSICAL_BITS;
 
 const TSC: u32 = 0x10;
@@ -33,6 +34,8 @@ const X2APIC_LAST: u32 = 0x8ff;
 const XSS: u32 = 0xda0;
 const WALL_CLOCK: u32 = 0x4b56_4d00;
 const SYSTEM_TIME: u32 = 0x4b56_4d01;
+const STEAL_TIME: u32 = 0x4b56_4d03;
+const PV_EOI: u32 = 0x4b56_4d04;
 const EFER: u32 = 0xc000_0080;
 const STAR: u32 = 0xc000_0081;
 const LSTAR: u32 = 0xc000_0082;
@@ -126,6 +129,8 @@ impl Default for Msrs {
             spec_ctrl: 0,
             wall_clock: 0,
             system_time: 0,
+            steal_time: 0,
+            pv_eoi: 0,
         }
     }
 }
@@ -183,6 +188,8 @@ impl Core {
             XSS if features().xsaves => state.xss,
             WALL_CLOCK => state.wall_clock,
             SYSTEM_TIME => state.system_time,
+            STEAL_TIME => state.steal_time,
+            PV_EOI => state.pv_eoi,
             EFER => state.efer,
             STAR => state.star,
             LSTAR => state.lstar,
@@ -210,6 +217,8 @@ impl Core {
             MTRR_VARIABLE..=MTRR_VARIABLE_LAST => variable_valid(msr, value),
             MISC_ENABLE => value & !1 == MISC_ENABLE_VALUE & !1,
             XSS => features().xsaves && value == 0,
+            STEAL_TIME => value & steal::RESERVED == 0,
+            PV_EOI => value & 2 == 0,
             // What is always zero may be cleared.
             MCG_STATUS | DEBUGCTL => value == 0,
             _ => true,
@@ -239,6 +248,9 @@ impl Core {
             XSS => state.xss = value,
             WALL_CLOCK => self.write_wall_clock(value),
             SYSTEM_TIME => self.write_system_time(value),
+            STEAL_TIME => self.write_steal_time(value),
+            // We may set the flag that spares the guest the write to the EOI register, and never do: that write is cheap here.
+            PV_EOI => state.pv_eoi = value,
             EFER => return self.write_efer(value),
             STAR => state.star = value,
             LSTAR => state.lstar = value,
@@ -338,6 +350,8 @@ mod tests {
             (MTRR_VARIABLE, 0x8000_0006),
             (MTRR_VARIABLE_LAST, 0x3fff_8000_0800),
             (SPEC_CTRL, 1),
+            (STEAL_TIME, 0x8_0041),
+            (PV_EOI, 0x8_0005),
             (MISC_ENABLE, 0x1800),
         ] {
             assert_eq!(write(&mut core, msr, value), Ok(()), "{msr:#x}");
@@ -367,6 +381,9 @@ mod tests {
             (XSS, 1),
             (SPEC_CTRL, 2),
             (PRED_CMD, 2),
+            (STEAL_TIME, 0x8003),
+            (STEAL_TIME, 0x8021),
+            (PV_EOI, 0x8003),
             (MISC_ENABLE, 0),
             (EFER, 1 << 12),
             (EFER, 0),

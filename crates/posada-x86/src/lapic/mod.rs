@@ -297,8 +297,9 @@ impl Core {
 
     fn set_tsc_deadline(&mut self, deadline: u64) {
         let now = clock::host_tsc();
-        let guest_now = now.wrapping_add(self.msr.tsc_offset);
-        self.lapic.timer.set_deadline(deadline, now, guest_now);
+        let left = deadline.saturating_sub(self.guest_tsc_at(now));
+        let due = now.saturating_add(self.rate.host_span(left));
+        self.lapic.timer.set_deadline(deadline, due);
         self.set_alarm(now);
     }
 

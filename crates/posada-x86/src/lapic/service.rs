@@ -47,6 +47,7 @@ impl Core {
             self.interrupt_shadow &= !self.halted;
             let delivered = !self.interrupt_shadow && self.deliver_interrupt();
             if delivered || !self.halted {
+                self.tell_stolen_time(now);
                 // Another one may be due, or this one after the shadow.
                 self.interrupts_may_be_due();
                 self.set_alarm(now);
@@ -80,7 +81,9 @@ impl Core {
             self.shared.set_alarm(None);
         }
         let time = until.map(|until| Duration::from_nanos(clock::ticks_to_ns(until.saturating_sub(now)) + 1));
+        self.set_preempted(true);
         self.shared.mailbox().sleep(time);
+        self.set_preempted(false);
     }
 
     /// INIT (table 10-1): vCPU 0 goes on at the reset vector, the others wait for SIPI. Vector and x87 state, the TSC and
@@ -91,6 +94,8 @@ impl Core {
         state.cr0 = state.cr0 & !CACHE_BITS | self.cr[0] & CACHE_BITS;
         state.gprs[gpr::RDX] = __cpuid(1).eax.into();
         self.set_state(&state);
+        // As KVM: whoever runs next does not know what memory the last one gave away.
+        (self.msr.system_time, self.msr.steal_time, self.msr.pv_eoi) = (0, 0, 0);
         self.lapic.reset();
         self.shared.mailbox().set_address(self.lapic.address());
         (self.halted, self.shut_down, self.interrupt_shadow) = (false, false, false);

@@ -103,11 +103,11 @@ impl Timer {
         }
     }
 
-    /// Writes IA32_TSC_DEADLINE, which counts in the guest's TSC: `guest_now` at host time `now`.
-    pub(crate) fn set_deadline(&mut self, deadline: u64, now: u64, guest_now: u64) {
+    /// Writes IA32_TSC_DEADLINE, which counts in the guest's TSC; the host's will be `due` then.
+    pub(crate) fn set_deadline(&mut self, deadline: u64, due: u64) {
         if self.mode == Mode::Deadline {
             self.deadline = deadline;
-            self.due = (deadline != 0).then(|| now.saturating_add(deadline.saturating_sub(guest_now)));
+            self.due = (deadline != 0).then_some(due);
         }
     }
 
@@ -192,17 +192,17 @@ mod tests {
             (0, None),
             "counts mean nothing in this mode"
         );
-        timer.set_deadline(5_000, NOW, 4_000);
+        timer.set_deadline(5_000, NOW + 1_000);
         assert_eq!((timer.due(), timer.current(NOW)), (Some(NOW + 1_000), 0));
         assert!(timer.expire(NOW + 1_000));
         assert_eq!((timer.deadline(), timer.due()), (0, None));
-        timer.set_deadline(3_000, NOW, 4_000);
+        timer.set_deadline(3_000, NOW);
         assert!(timer.expire(NOW), "a deadline in the past");
-        timer.set_deadline(u64::MAX, NOW, 4_000);
+        timer.set_deadline(u64::MAX, u64::MAX);
         assert!(!timer.expire(u64::MAX - 1));
         timer.set_mode(Mode::OneShot);
         assert_eq!((timer.deadline(), timer.due()), (0, None));
-        timer.set_deadline(9_000, NOW, 4_000);
+        timer.set_deadline(9_000, NOW + 5_000);
         assert_eq!(timer.due(), None);
     }
 }
