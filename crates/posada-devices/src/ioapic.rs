@@ -48,11 +48,21 @@ struct Pin {
 }
 
 impl Pin {
+    /// What the pin sends, unless it is masked.
+    fn message(&self) -> Option<Msi> {
+        let destination = self.entry >> 56;
+        let logical = self.entry >> 11 & 1;
+        let level = self.entry & LEVEL_TRIGGERED;
+        (self.entry & MASKED == 0).then_some(Msi {
+            address: 0xfee0_0000 | destination << 12 | logical << 2,
+            // Vector and delivery mode lie alike in both; bit 14 is "assert".
+            data: (self.entry & (0xff | DELIVERY_MODE) | 1 << 14 | level) as u32,
+        })
+    }
+
     /// The message to send now, if any.
     fn service(&mut self) -> Option<Msi> {
-        if self.entry & MASKED != 0 {
-            return None;
-        }
+        let message = self.message()?;
         // Only fixed and lowest-priority interrupts have an end that clears the remote IRR.
         if self.entry & LEVEL_TRIGGERED != 0 && self.entry & DELIVERY_MODE <= 1 << 8 {
             if !self.asserted || self.entry & REMOTE_IRR != 0 {
@@ -62,14 +72,7 @@ impl Pin {
         } else if !std::mem::take(&mut self.edge) {
             return None;
         }
-        let destination = self.entry >> 56;
-        let logical = self.entry >> 11 & 1;
-        let level = self.entry & LEVEL_TRIGGERED;
-        Some(Msi {
-            address: 0xfee0_0000 | destination << 12 | logical << 2,
-            // Vector and delivery mode lie alike in both; bit 14 is "assert".
-            data: (self.entry & (0xff | DELIVERY_MODE) | 1 << 14 | level) as u32,
-        })
+        Some(message)
     }
 }
 
@@ -92,11 +95,13 @@ impl State {
         }
     }
 
-    fn set_register(&mut self, value: u32) -> Option<Msi> {
+    fn set_register(&mut self, value: u32, sink: &dyn MsiSink) -> Option<Msi> {
         match self.select {
             0 => self.id = value & 0x0f00_0000,
             select @ 0x10..=0x3f => {
-                let pin = &mut self.pins[usize::from(select - 0x10) / 2];
+                let index = usize::from(select - 0x10) / 2;
+                let pin = &mut self.pins[index];
+                let before = pin.message();
                 let shift = u32::from(select & 1) * 32;
                 let writable = WRITABLE & 0xffff_ffff << shift;
                 pin.entry = pin.entry & !writable | u64::from(value) << shift & writable;
@@ -105,6 +110,9 @@ impl State {
                     pin.entry &= !REMOTE_IRR;
                 } else {
                     pin.edge = false;
+                }
+                if pin.message() != before {
+                    sink.route_pin(index as u8, pin.message());
                 }
                 return pin.service();
             }
@@ -117,7 +125,7 @@ impl State {
 /// The I/O APIC. Lives on the MMIO bus; its lines are handed to devices by [`IoApic::line`].
 pub struct IoApic {
     sink: Arc<dyn MsiSink>,
-    // Never held while the sink is called.
+    // Held while the sink is told of a route, so that the last one stays; never while it is sent an interrupt.
     state: Mutex<State>,
 }
 
@@ -196,7 +204,7 @@ impl MmioDevice for IoApic {
         match offset {
             IOREGSEL => self.state.lock().unwrap().select = value as u8,
             IOWIN => {
-                let msi = self.state.lock().unwrap().set_register(value);
+                let msi = self.state.lock().unwrap().set_register(value, &*self.sink);
                 if let Some(msi) = msi {
                     self.sink.signal_msi(msi);
                 }
@@ -307,6 +315,26 @@ mod tests {
         ioapic.line(9).set_level(true);
         entry(&ioapic, 9, MASKED | 0x42);
         assert_eq!(low(&ioapic, 9), MASKED | 0x42);
+    }
+
+    #[test]
+    fn the_sink_knows_every_pins_message_and_hears_no_other() {
+        let sink = Sink::new();
+        let ioapic = IoApic::new(sink.clone());
+        let mut random = Random::new(12);
+        for _ in 0..20_000 {
+            let pin = random.below(24);
+            match random.below(4) {
+                0 => entry(&ioapic, pin, random.next() & WRITABLE),
+                1 => ioapic.end_of_interrupt(random.next() as u8),
+                _ => ioapic.line(pin as usize).set_level(random.below(2) == 0),
+            }
+            let routes = *sink.routes.lock().unwrap();
+            for sent in sink.take() {
+                assert!(routes.contains(&Some(sent)), "{sent:x?}");
+            }
+            assert_eq!(routes[pin as usize].is_none(), low(&ioapic, pin) & MASKED != 0);
+        }
     }
 
     #[test]

@@ -4,10 +4,11 @@ use posada_engine::{Msi, MsiLine, MsiSink, PlainLine};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-/// Remembers the interrupts.
+/// Remembers the interrupts, and what it was told of the I/O APIC's pins.
 #[derive(Default)]
 pub struct Sink {
     seen: Mutex<Vec<Msi>>,
+    pub routes: Mutex<[Option<Msi>; 24]>,
     changed: Condvar,
 }
 
@@ -49,7 +50,9 @@ impl MsiSink for Sink {
         Box::new(PlainLine::new(self))
     }
 
-    fn route_pin(&self, _pin: u8, _msi: Option<Msi>) {}
+    fn route_pin(&self, pin: u8, msi: Option<Msi>) {
+        self.routes.lock().unwrap()[usize::from(pin)] = msi;
+    }
 }
 
 /// xorshift64*.
