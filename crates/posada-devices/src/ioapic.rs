@@ -5,7 +5,9 @@
 //! spurious interrupt costs a driver one look, a lost one hangs it.
 
 use crate::bus::{MmioDevice, get_le, put_le};
+use crate::state::StateError;
 use posada_engine::{Msi, MsiSink};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
 /// Lines of one I/O APIC.
@@ -18,6 +20,8 @@ const IOWIN: u64 = 0x10;
 const EOI: u64 = 0x40;
 const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
 
+/// The identification register's bits.
+const ID: u32 = 0x0f00_0000;
 const DELIVERY_MODE: u64 = 7 << 8;
 const DELIVERY_STATUS: u64 = 1 << 12;
 const REMOTE_IRR: u64 = 1 << 14;
@@ -45,6 +49,28 @@ struct Pin {
     asserted: bool,
     /// An edge not yet delivered.
     edge: bool,
+}
+
+/// A pin as saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinState {
+    /// The redirection table entry, with remote IRR.
+    pub entry: u64,
+    /// A device asserts the line.
+    pub asserted: bool,
+    /// An edge that has not been delivered, as the pin is masked.
+    pub edge: bool,
+}
+
+/// The I/O APIC's registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoApicState {
+    /// Identification register.
+    pub id: u32,
+    /// Index of the register that is shown.
+    pub select: u8,
+    /// The pins in order.
+    pub pins: Vec<PinState>,
 }
 
 impl Pin {
@@ -97,7 +123,7 @@ impl State {
 
     fn set_register(&mut self, value: u32, sink: &dyn MsiSink) -> Option<Msi> {
         match self.select {
-            0 => self.id = value & 0x0f00_0000,
+            0 => self.id = value & ID,
             select @ 0x10..=0x3f => {
                 let index = usize::from(select - 0x10) / 2;
                 let pin = &mut self.pins[index];
@@ -172,6 +198,48 @@ impl IoApic {
             }
         }
         again.into_iter().flatten().for_each(|msi| self.sink.signal_msi(msi));
+    }
+
+    /// All registers and lines.
+    pub fn save(&self) -> IoApicState {
+        let state = self.state.lock().unwrap();
+        let pin = |pin: &Pin| PinState {
+            entry: pin.entry,
+            asserted: pin.asserted,
+            edge: pin.edge,
+        };
+        IoApicState {
+            id: state.id,
+            select: state.select,
+            pins: state.pins.iter().map(pin).collect(),
+        }
+    }
+
+    /// Takes saved registers over. Nothing is sent by it: what waits, waits on.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn restore(&self, saved: &IoApicState) -> Result<(), StateError> {
+        if saved.pins.len() != PINS {
+            return Err(StateError::differs("pins", PINS, saved.pins.len()).of("the I/O APIC"));
+        }
+        let impossible = |pin: &PinState| pin.entry & !(WRITABLE | REMOTE_IRR) != 0;
+        if let Some(pin) = saved.pins.iter().position(impossible) {
+            let reason = format!("cannot have the redirection entry {:#x}", saved.pins[pin].entry);
+            return Err(StateError::new(reason).of(format!("pin {pin}")).of("the I/O APIC"));
+        }
+        let mut state = self.state.lock().unwrap();
+        state.id = saved.id & ID;
+        state.select = saved.select;
+        for (index, (pin, saved)) in state.pins.iter_mut().zip(&saved.pins).enumerate() {
+            *pin = Pin {
+                entry: saved.entry,
+                asserted: saved.asserted,
+                edge: saved.edge,
+            };
+            self.sink.route_pin(index as u8, pin.message());
+        }
+        Ok(())
     }
 
     fn set_level(&self, pin: usize, asserted: bool) {

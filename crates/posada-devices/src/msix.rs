@@ -1,7 +1,9 @@
 //! MSI-X (PCI 3.0 section 6.8.2): a function's interrupt vectors as messages, with masks per vector and per function.
 
 use crate::bus::get_le;
+use crate::state::StateError;
 use posada_engine::{Msi, MsiLine, MsiSink};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
 /// Capability id.
@@ -15,6 +17,24 @@ const ENABLE: u16 = 1 << 15;
 const FUNCTION_MASK: u16 = 1 << 14;
 /// Where the vector control word's mask bit lies in an entry.
 const VECTOR_CONTROL: usize = 12;
+
+/// A table entry, and whether its message waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorState {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+    /// Vector control: bit 0 masks.
+    pub control: u32,
+    /// An interrupt came while it was masked.
+    pub pending: bool,
+}
+
+/// The vectors of a function. Enable and function mask are in its configuration space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MsixState(Vec<VectorState>);
 
 struct State {
     control: u16,
@@ -158,6 +178,46 @@ impl Msix {
             let word = state.pending.get((at / 8) as usize);
             *byte = word.map_or(0, |word| (word >> (at % 8 * 8)) as u8);
         }
+    }
+
+    /// Table and pending bits.
+    pub fn save(&self) -> MsixState {
+        let state = self.state.lock().unwrap();
+        let vector = |(index, entry): (usize, &[u8; ENTRY as usize])| VectorState {
+            address: get_le(&entry[..8]),
+            data: get_le(&entry[8..12]) as u32,
+            control: get_le(&entry[12..]) as u32,
+            pending: state.pending[index / 64] >> (index % 64) & 1 != 0,
+        };
+        MsixState(state.table.iter().enumerate().map(vector).collect())
+    }
+
+    /// Takes a saved table over, under the message control word `control`. Nothing is sent by it: what waits, waits on.
+    ///
+    /// # Errors
+    /// [`StateError`] if there are not as many vectors.
+    pub fn restore(&self, saved: &MsixState, control: u16) -> Result<(), StateError> {
+        if saved.0.len() != self.lines.len() {
+            return Err(StateError::differs(
+                "interrupt vectors",
+                self.lines.len(),
+                saved.0.len(),
+            ));
+        }
+        let mut state = self.state.lock().unwrap();
+        state.control = control;
+        state.pending.fill(0);
+        for (entry, vector) in state.table.iter_mut().zip(&saved.0) {
+            entry[..8].copy_from_slice(&vector.address.to_le_bytes());
+            entry[8..12].copy_from_slice(&vector.data.to_le_bytes());
+            entry[12..].copy_from_slice(&vector.control.to_le_bytes());
+        }
+        // With nothing pending yet this only tells the lines.
+        state.settle(&self.lines);
+        for (index, vector) in saved.0.iter().enumerate() {
+            state.pending[index / 64] |= u64::from(vector.pending) << (index % 64);
+        }
+        Ok(())
     }
 
     fn send(&self, vectors: &[usize]) {

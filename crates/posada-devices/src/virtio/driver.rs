@@ -1,6 +1,7 @@
 //! A driver for the unit tests: sets a device up through its BAR as a guest would, and makes chains by hand.
 
 use super::{VirtioDevice, VirtioPci};
+use crate::bell::NoDoorbells;
 use crate::msix;
 use crate::pci::PciFunction;
 use crate::testing::Sink;
@@ -35,7 +36,7 @@ impl Driver {
         let ram = Arc::new(GuestRam::new(RAM).unwrap());
         let sink = Sink::new();
         let queues = device.queue_sizes().len();
-        let pci = VirtioPci::new(device, ram.clone(), sink.clone());
+        let pci = VirtioPci::new(device, ram.clone(), sink.clone(), Arc::new(NoDoorbells)).unwrap();
         let mut driver = Self {
             ram,
             pci,

@@ -114,6 +114,16 @@ impl VirtQueue {
         }
     }
 
+    /// Guest RAM.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// How far the device has got: chains taken and given back, both modulo 65,536.
+    pub(super) fn positions(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
     /// The next chain, if there is one.
     ///
     /// # Errors
@@ -185,6 +195,17 @@ impl VirtQueue {
         Ok(self.queue.ready() && self.queue.enable_notification(self.ram.memory())?)
     }
 
+    /// Asks for no notifications.
+    ///
+    /// # Errors
+    /// [`Broken`] if the used ring is not in RAM.
+    pub fn disable_notification(&mut self) -> Result<(), Broken> {
+        if self.queue.ready() {
+            self.queue.disable_notification(self.ram.memory())?;
+        }
+        Ok(())
+    }
+
     /// Serves chains until there are none or `signal` says stop; `serve` returns the bytes it wrote.
     ///
     /// # Errors
@@ -194,11 +215,9 @@ impl VirtQueue {
         signal: &Signal,
         mut serve: impl FnMut(&GuestRam, Chain) -> Result<u32, Broken>,
     ) -> Result<(), Broken> {
-        if !self.queue.ready() {
-            return Ok(());
-        }
         loop {
-            self.queue.disable_notification(self.ram.memory())?;
+            // With EVENT_IDX there is nothing to do for that: the driver rings only for the chain that was asked for.
+            self.disable_notification()?;
             while let Some(chain) = self.pop()? {
                 let head = chain.head;
                 let written = serve(&self.ram, chain)?;
