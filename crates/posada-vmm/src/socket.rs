@@ -62,7 +62,13 @@ impl Drop for SocketFile {
 
 /// Binds with mode 0600 from the first moment: Linux takes the mode from the unbound socket.
 fn bind_private(path: &Path) -> io::Result<UnixListener> {
-    let failed = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+    let failed = |result: libc::c_int| {
+        if result < 0 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(result)
+        }
+    };
     // SAFETY: an all-zero address is a valid one.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
     address.sun_family = libc::AF_UNIX as libc::sa_family_t;
@@ -121,7 +127,10 @@ mod tests {
         assert_eq!(SocketFile::bind(&path).err().unwrap().kind(), io::ErrorKind::AddrInUse);
         assert!(path.exists());
         let long = dir.path(&"x".repeat(200));
-        assert_eq!(SocketFile::bind(&long).err().unwrap().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            SocketFile::bind(&long).err().unwrap().kind(),
+            io::ErrorKind::InvalidInput
+        );
     }
 
     #[test]

@@ -27,11 +27,7 @@ fn file_of(disk: &BlkDisk) -> io::Result<File> {
 
 /// Copies a disk that nobody writes to into the empty file `to`. `None`: the copy shares the disk's blocks, and
 /// [`Index::of`] is still to be made, when the VM runs on already.
-pub(super) fn copy(
-    disk: &BlkDisk,
-    to: &File,
-    mut watch: impl FnMut(u64) -> bool,
-) -> Result<Option<Index>, Fault> {
+pub(super) fn copy(disk: &BlkDisk, to: &File, mut watch: impl FnMut(u64) -> bool) -> Result<Option<Index>, Fault> {
     let from = file_of(disk)?;
     // SAFETY: takes two descriptors.
     if unsafe { libc::ioctl(to.as_raw_fd(), CLONE, from.as_raw_fd()) } == 0 {

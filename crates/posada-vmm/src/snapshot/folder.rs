@@ -127,7 +127,9 @@ impl Partial {
         })?;
         self.done = flags == libc::RENAME_NOREPLACE;
         // In an exchange the old one is under the partial name now, and goes with this value.
-        File::open(&self.parent).and_then(|parent| parent.sync_all()).map_err(refuse)
+        File::open(&self.parent)
+            .and_then(|parent| parent.sync_all())
+            .map_err(refuse)
     }
 }
 
@@ -234,7 +236,10 @@ mod tests {
         let dir = TempDir::new();
         for place in [dir.path("no/snap"), "/".into(), dir.path("..")] {
             let refused = Partial::new(&place, false).map(drop).unwrap_err();
-            assert!(matches!(refused, Error::Create { .. } | Error::Exists { .. }), "{refused}");
+            assert!(
+                matches!(refused, Error::Create { .. } | Error::Exists { .. }),
+                "{refused}"
+            );
         }
     }
 }

@@ -155,11 +155,18 @@ impl Index {
             let Some(last) = last else {
                 return Err("has a record without pages");
             };
-            let begin = record.number.checked_mul(CHUNK).map(|start| start + (last * PAGE) as u64);
+            let begin = record
+                .number
+                .checked_mul(CHUNK)
+                .map(|start| start + (last * PAGE) as u64);
             if begin.is_none_or(|begin| begin >= length) {
                 return Err("has pages behind the image's end");
             }
-            if index.records.last().is_some_and(|before| before.number >= record.number) {
+            if index
+                .records
+                .last()
+                .is_some_and(|before| before.number >= record.number)
+            {
                 return Err("has its records in disorder");
             }
             index.records.push(record);
@@ -172,7 +179,11 @@ impl Index {
         let (mine, theirs) = (self.records.iter().map(Some), other.records.iter().map(Some));
         let none = || std::iter::repeat(None);
         let most = self.records.len().max(other.records.len());
-        let (a, b) = mine.chain(none()).zip(theirs.chain(none())).take(most).find(|(a, b)| a != b)?;
+        let (a, b) = mine
+            .chain(none())
+            .zip(theirs.chain(none()))
+            .take(most)
+            .find(|(a, b)| a != b)?;
         a.into_iter().chain(b).map(|record| record.number * CHUNK).min()
     }
 
@@ -209,12 +220,7 @@ impl Index {
     }
 
     /// Copies a file or block device of `length` bytes into the empty file `to`.
-    pub(super) fn copy(
-        from: &File,
-        length: u64,
-        to: &File,
-        watch: &mut dyn FnMut(u64) -> bool,
-    ) -> Result<Self, Fault> {
+    pub(super) fn copy(from: &File, length: u64, to: &File, watch: &mut dyn FnMut(u64) -> bool) -> Result<Self, Fault> {
         to.set_len(length)?;
         let mut index = Self::new(length);
         each_chunk(from, length, watch, |number, chunk| index.put(to, number, chunk))?;
@@ -398,7 +404,9 @@ mod tests {
                 1 => HOLE_START + random.below((3 << 20) + 4096),
                 _ => random.below(ram.size()),
             };
-            ram.memory().write_obj(random.below(256) as u8, GuestAddress(gpa(offset))).unwrap();
+            ram.memory()
+                .write_obj(random.below(256) as u8, GuestAddress(gpa(offset)))
+                .unwrap();
         }
         ram.memory().write_obj(7_u8, GuestAddress(gpa(ram.size() - 1))).unwrap();
         ram
@@ -409,12 +417,16 @@ mod tests {
         let mut pages = PagesOf::new(a);
         (0..a.size() / CHUNK * CHUNK).step_by(CHUNK as usize).all(|start| {
             let present = pages.present(gpa(start), PAGES);
-            present.iter().enumerate().filter(|(_, present)| **present).all(|(page, _)| {
-                let at = GuestAddress(gpa(start + (page * PAGE) as u64));
-                a.memory().read_slice(&mut one, at).unwrap();
-                b.memory().read_slice(&mut two, at).unwrap();
-                one == two
-            })
+            present
+                .iter()
+                .enumerate()
+                .filter(|(_, present)| **present)
+                .all(|(page, _)| {
+                    let at = GuestAddress(gpa(start + (page * PAGE) as u64));
+                    a.memory().read_slice(&mut one, at).unwrap();
+                    b.memory().read_slice(&mut two, at).unwrap();
+                    one == two
+                })
         })
     }
 

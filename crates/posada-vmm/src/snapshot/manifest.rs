@@ -218,7 +218,10 @@ mod tests {
     fn a_newer_format_is_known_whatever_else_it_has() {
         let text = format!(r#"{{"format":{},"all":"new"}}"#, FORMAT + 1);
         assert_eq!(Manifest::decode(text.as_bytes()), Err(Unreadable::Newer(FORMAT + 1)));
-        assert!(matches!(Manifest::decode(br#"{"format":0}"#), Err(Unreadable::Damaged(_))));
+        assert!(matches!(
+            Manifest::decode(br#"{"format":0}"#),
+            Err(Unreadable::Damaged(_))
+        ));
         assert!(matches!(Manifest::decode(b""), Err(Unreadable::Damaged(_))));
     }
 

@@ -159,7 +159,11 @@ fn copies(path: &std::path::Path, numbers: &[usize]) -> String {
     text += "; make copies for the VM and give them in this order:";
     for number in numbers {
         let from = path.join(disks::file_name(*number));
-        let _ = write!(text, " cp --reflink=auto --sparse=always {} NEW{number} &&", from.display());
+        let _ = write!(
+            text,
+            " cp --reflink=auto --sparse=always {} NEW{number} &&",
+            from.display()
+        );
     }
     text += " posada run --restore …";
     for number in numbers {

@@ -20,9 +20,7 @@ impl<'a> PagesOf<'a> {
         let pagemap = File::open("/proc/self/pagemap");
         Self {
             ram,
-            pagemap: pagemap
-                .inspect_err(|error| tracing::debug!(%error, "no pagemap"))
-                .ok(),
+            pagemap: pagemap.inspect_err(|error| tracing::debug!(%error, "no pagemap")).ok(),
             entries: Vec::new(),
         }
     }

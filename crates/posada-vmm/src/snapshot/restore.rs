@@ -115,6 +115,12 @@ impl Snapshot {
         self.manifest.vm.debug_exit
     }
 
+    /// Where vCPU 0 goes on.
+    #[cfg(test)]
+    pub(super) fn first_rip(&self) -> u64 {
+        self.state.cpus[0].rip
+    }
+
     /// What went wrong, about the snapshot as a whole.
     pub fn unfit(&self, why: impl Into<String>) -> Error {
         Error::Shape {

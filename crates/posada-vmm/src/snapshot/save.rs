@@ -126,12 +126,7 @@ pub type Watch<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;
 ///
 /// # Errors
 /// [`Error`]. The VM then runs on in any case, and nothing is left of the snapshot.
-pub fn save(
-    control: &Arc<Control>,
-    subject: &Subject,
-    options: &Options,
-    watch: Watch<'_>,
-) -> Result<Saved, Error> {
+pub fn save(control: &Arc<Control>, subject: &Subject, options: &Options, watch: Watch<'_>) -> Result<Saved, Error> {
     let mut saver = Saver {
         subject,
         folder: Partial::new(&options.place, options.force)?,
@@ -310,7 +305,11 @@ impl Saver<'_> {
     /// The index of a disk's copy that has none yet.
     fn describe(&mut self, number: usize) -> Result<Index, Error> {
         let name = disks::file_name(number);
-        let (_, file, check) = self.files.iter().find(|(other, ..)| *other == name).expect("it was copied");
+        let (_, file, check) = self
+            .files
+            .iter()
+            .find(|(other, ..)| *other == name)
+            .expect("it was copied");
         let mut watch = watcher(&mut *self.watch, Phase::Checksums, 0, check.length);
         Index::of(file, check.length, &mut watch).map_err(|fault| refuse(fault, self.folder.writing(&name)))
     }
@@ -336,7 +335,9 @@ impl Saver<'_> {
         }
         let manifest = Manifest {
             posada: env!("CARGO_PKG_VERSION").into(),
-            created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+            created: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs()),
             vm: Shape {
                 memory: config.memory,
                 model: config.model.clone(),
