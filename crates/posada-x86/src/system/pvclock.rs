@@ -1,7 +1,6 @@
 //! KVM's paravirtual clock, by which guests read the time without leaving user mode (Linux,
 //! Documentation/virt/kvm/x86/msr.rst).
 
-use crate::clock;
 use crate::core::Core;
 
 /// MSR_KVM_SYSTEM_TIME_NEW: the structure is in use.
@@ -55,6 +54,7 @@ impl Core {
         let settings = vm.clock_settings();
         let clock = vm.clock();
         let stopped = std::mem::replace(&mut self.clock_settings, settings) != settings;
+        self.pvclock_stale = false;
         let at = self.msr.system_time;
         if at & ENABLED == 0 {
             return;
@@ -78,9 +78,9 @@ impl Core {
         self.publish(at, TIME_INFO, &words);
     }
 
-    /// Before guest code runs, perhaps after a rest: the VM's clock may have been set.
+    /// Before guest code runs, perhaps after a rest: the VM's clock or the processor's state may have been set.
     pub(crate) fn catch_up(&mut self) {
-        if self.clock_settings != self.shared.vm().clock_settings() {
+        if self.pvclock_stale || self.clock_settings != self.shared.vm().clock_settings() {
             self.update_pvclock();
         }
     }
@@ -89,6 +89,7 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock;
     use crate::mmu::tests::core;
 
     /// What a guest computes.
