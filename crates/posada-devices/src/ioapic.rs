@@ -232,12 +232,15 @@ impl IoApic {
         state.id = saved.id & ID;
         state.select = saved.select;
         for (index, (pin, saved)) in state.pins.iter_mut().zip(&saved.pins).enumerate() {
+            let before = pin.message();
             *pin = Pin {
                 entry: saved.entry,
                 asserted: saved.asserted,
                 edge: saved.edge,
             };
-            self.sink.route_pin(index as u8, pin.message());
+            if pin.message() != before {
+                self.sink.route_pin(index as u8, pin.message());
+            }
         }
         Ok(())
     }
@@ -403,6 +406,47 @@ mod tests {
             }
             assert_eq!(routes[pin as usize].is_none(), low(&ioapic, pin) & MASKED != 0);
         }
+    }
+
+    #[test]
+    fn what_waits_is_saved_and_sends_nothing_before_its_time() {
+        let first = IoApic::new(Sink::new());
+        entry(&first, 9, LEVEL_TRIGGERED | 0x42);
+        first.line(9).set_level(true);
+        entry(&first, 4, MASKED | 0x31);
+        first.line(4).pulse();
+        let state = serde_json::from_str(&serde_json::to_string(&first.save()).unwrap()).unwrap();
+        let sink = Sink::new();
+        let second = IoApic::new(sink.clone());
+        second.restore(&state).unwrap();
+        assert_eq!((sink.take(), second.save()), (vec![], state));
+        assert_eq!(sink.routes.lock().unwrap()[9].unwrap().data, 0xc042);
+        second.end_of_interrupt(0x42);
+        assert_eq!(sink.take()[0].data, 0xc042);
+        entry(&second, 4, 0x31);
+        assert_eq!(sink.take()[0].data, 0x4031);
+    }
+
+    #[test]
+    fn damaged_states_are_refused_or_harmless() {
+        let ioapic = IoApic::new(Sink::new());
+        let good = serde_json::to_value(ioapic.save()).unwrap();
+        let mut random = Random::new(13);
+        let mut refused = 0;
+        for _ in 0..5000 {
+            let mut value = good.clone();
+            crate::testing::damage(&mut value, &mut random);
+            match serde_json::from_value(value).map(|state| ioapic.restore(&state)) {
+                Ok(Ok(())) => entry(&ioapic, random.below(24), random.next()),
+                Ok(Err(_)) => refused += 1,
+                Err(_) => {}
+            }
+        }
+        assert!(refused > 100, "{refused}");
+        let mut state = ioapic.save();
+        state.pins.pop();
+        let error = ioapic.restore(&state).unwrap_err().to_string();
+        assert_eq!(error, "the I/O APIC has 24 pins, the snapshot's has 23");
     }
 
     #[test]

@@ -181,4 +181,22 @@ mod tests {
             assert_eq!(data[0], value, "register {index:#x}");
         }
     }
+
+    #[test]
+    fn cmos_memory_is_saved_and_its_index_checked() {
+        let rtc = Rtc::new();
+        rtc.write(0, &[0x40]);
+        rtc.write(1, &[0x5a]);
+        let state: RtcState = serde_json::from_str(&serde_json::to_string(&rtc.save()).unwrap()).unwrap();
+        let other = Rtc::new();
+        other.restore(&state).unwrap();
+        let mut data = [0];
+        other.read(1, &mut data);
+        assert_eq!(data, [0x5a]);
+        let bad = RtcState { index: 0x80, ..state };
+        assert_eq!(
+            other.restore(&bad).unwrap_err().to_string(),
+            "the CMOS clock has no register 0x80"
+        );
+    }
 }

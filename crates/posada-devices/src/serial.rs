@@ -423,6 +423,69 @@ mod tests {
     }
 
     #[test]
+    fn registers_and_unread_input_are_saved() {
+        let irq = Arc::new(Edges::default());
+        let made = || Serial::new(irq.clone(), Box::new(io::sink()), Flush::Byte);
+        let first = made();
+        let input: Vec<u8> = (0..200).collect();
+        first.write(7, &[0x77]);
+        first.write(IER, &[RDI]);
+        first.input(&input[..150]);
+        assert_eq!(register(&first, 0), 0);
+        let state = serde_json::from_str(&serde_json::to_string(&first.save()).unwrap()).unwrap();
+        let second = made();
+        second.input(&input[150..]);
+        irq.0.store(0, Ordering::Relaxed);
+        second.restore(&state).unwrap();
+        assert_eq!(irq.0.load(Ordering::Relaxed), 0, "the guest has had that interrupt");
+        assert_eq!(register(&second, 7), 0x77);
+        let mut got = vec![0];
+        while register(&second, LSR) & DATA_READY != 0 {
+            got.push(register(&second, 0));
+        }
+        assert_eq!(got, input);
+    }
+
+    #[test]
+    fn held_input_comes_later() {
+        let irq = Arc::new(Edges::default());
+        let serial = Serial::new(irq.clone(), Box::new(io::sink()), Flush::Byte);
+        serial.write(IER, &[RDI]);
+        serial.hold(true);
+        serial.input(b"x");
+        let state = serial.save();
+        assert_eq!((irq.0.load(Ordering::Relaxed), state.line_status & DATA_READY), (0, 0));
+        serial.hold(false);
+        assert_eq!(irq.0.load(Ordering::Relaxed), 1);
+        assert_eq!(register(&serial, 0), b'x');
+    }
+
+    #[test]
+    fn damaged_states_are_refused_or_harmless() {
+        let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Byte);
+        serial.write(IER, &[RDI]);
+        serial.input(&[7; 100]);
+        let good = serde_json::to_value(serial.save()).unwrap();
+        let mut random = Random::new(14);
+        for _ in 0..5000 {
+            let mut value = good.clone();
+            crate::testing::damage(&mut value, &mut random);
+            let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Byte);
+            if let Ok(Ok(())) = serde_json::from_value(value).map(|state| serial.restore(&state)) {
+                for at in 0..8 {
+                    register(&serial, at);
+                    serial.write(at, &[random.next() as u8]);
+                }
+                serial.input(b"more");
+            }
+        }
+        let mut state = serial.save();
+        state.received.push(0);
+        let error = serial.restore(&state).unwrap_err().to_string();
+        assert_eq!(error, "the serial port cannot have received 65 bytes");
+    }
+
+    #[test]
     fn random_accesses_never_panic() {
         let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Line);
         let mut random = Random::new(2);

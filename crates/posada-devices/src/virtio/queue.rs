@@ -178,13 +178,37 @@ impl VirtQueue {
         } else {
             // The driver's flag must be read after the used index is written.
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-            let flags: Result<u16, _> = memory.read_obj(GuestAddress(self.queue.avail_ring()));
-            flags.map_or(true, |flags| u16::from_le(flags) & NO_INTERRUPT == 0)
+            self.available_word(0).is_none_or(|flags| flags & NO_INTERRUPT == 0)
         };
         if wanted {
             self.interrupt.queue(self.index);
         }
         Ok(())
+    }
+
+    /// The 16-bit word at `offset` of the available ring.
+    fn available_word(&self, offset: u64) -> Option<u16> {
+        let at = self.queue.avail_ring().checked_add(offset)?;
+        self.ram.memory().read_obj(GuestAddress(at)).ok().map(u16::from_le)
+    }
+
+    /// Interrupts the driver if it may still wait to hear of a chain that it has back. For a queue that was saved: a message
+    /// may have been on its way to a processor whose state was taken already. One too many does no harm.
+    pub(super) fn remind(&self) {
+        if !self.queue.ready() {
+            return;
+        }
+        let used = self.queue.next_used();
+        let waits = if self.queue.event_idx_enabled() {
+            // The driver wants to hear of the chain of this number, and that is behind us.
+            let event = self.available_word(4 + 2 * u64::from(self.queue.size()));
+            event.is_some_and(|event| used.wrapping_sub(event).wrapping_sub(1) < 1 << 15)
+        } else {
+            used != 0 && self.available_word(0).is_some_and(|flags| flags & NO_INTERRUPT == 0)
+        };
+        if waits {
+            self.interrupt.queue(self.index);
+        }
     }
 
     /// Asks for a notification of the next chain; true if one came meanwhile.

@@ -77,6 +77,8 @@ pub(super) struct Common {
     pub(super) work: Work,
     /// The machine stands still: no thread may run.
     pub(super) held: bool,
+    /// The queues come from a saved state and nobody has served them since.
+    pub(super) restored: bool,
 }
 
 /// A virtio device as a PCI function.
@@ -335,12 +337,17 @@ impl VirtioPci {
     /// Lets the device's thread have the queues, if we have them.
     fn start(&self, common: &mut Common) {
         common.work = match std::mem::replace(&mut common.work, Work::Idle) {
-            Work::Held(queues) => Work::Running(Worker::spawn(
-                Arc::clone(&self.device),
-                queues,
-                Arc::clone(&self.signal),
-                Arc::clone(&self.interrupt),
-            )),
+            Work::Held(queues) => {
+                if std::mem::take(&mut common.restored) {
+                    queues.iter().for_each(VirtQueue::remind);
+                }
+                Work::Running(Worker::spawn(
+                    Arc::clone(&self.device),
+                    queues,
+                    Arc::clone(&self.signal),
+                    Arc::clone(&self.interrupt),
+                ))
+            }
             work => work,
         };
     }
@@ -392,6 +399,7 @@ impl Common {
             queues: device.queue_sizes().iter().map(queue).collect(),
             work: Work::Idle,
             held: false,
+            restored: false,
         }
     }
 }

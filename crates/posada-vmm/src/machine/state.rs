@@ -150,3 +150,213 @@ impl Machine {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::control::Control;
+    use crate::layout;
+    use crate::machine::Parts;
+    use crate::testing::{FakeEngine, Random, Step, TempDir};
+    use posada_devices::serial::Flush;
+    use posada_devices::virtio::blk::open_disk;
+    use posada_engine::{Engine, Machine as _};
+    use posada_memory::GuestRam;
+    use serde_json::Value;
+    use std::path::Path;
+
+    /// BARs of the first disk and of what comes behind it, as the machine places them.
+    const BARS: u64 = layout::PCI_WINDOW.start;
+    const BAR: u64 = 0x8000;
+
+    fn build(disks: &[BlkDisk], virtio_console: bool) -> Machine {
+        let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
+        let engine: Arc<dyn Engine> = Arc::new(FakeEngine::new(Arc::new(|_, _, _| Step::Halt)));
+        let parts = Parts {
+            cpus: 1,
+            disks,
+            com1: (Box::new(io::sink()), Flush::Byte),
+            virtio_console: virtio_console.then(|| Box::new(io::sink()) as Box<dyn io::Write + Send>),
+            debug_exit: false,
+        };
+        Machine::new(parts, &ram, &engine, &Control::new()).unwrap()
+    }
+
+    fn disk(dir: &TempDir, name: &str, sectors: usize) -> BlkDisk {
+        open_disk(&dir.file(name, &vec![0; sectors * 512]), false).unwrap()
+    }
+
+    /// What a driver does until DRIVER_OK, with the rings of its `queues` in RAM.
+    fn drive(machine: &Machine, bar: u64, queues: u16) {
+        let write = |at: u64, data: &[u8]| machine.mmio_write(bar + at, data);
+        write(20, &[3]);
+        write(8, &1_u32.to_le_bytes());
+        write(12, &1_u32.to_le_bytes());
+        write(20, &[11]);
+        for queue in 0..queues {
+            let rings = 0x10_0000 + u64::from(queue) * 0x4000 + (bar - BARS) * 2;
+            write(22, &queue.to_le_bytes());
+            for (at, ring) in [(32, rings), (40, rings + 0x1000), (48, rings + 0x2000)] {
+                write(at, &ring.to_le_bytes());
+            }
+            write(28, &1_u16.to_le_bytes());
+        }
+        write(20, &[15]);
+    }
+
+    fn status(machine: &Machine, bar: u64) -> u8 {
+        let mut status = [0];
+        machine.mmio_read(bar + 20, &mut status);
+        status[0]
+    }
+
+    /// A machine with a disk and a virtio console whose drivers are ready.
+    fn driven(disks: &[BlkDisk]) -> Machine {
+        let machine = build(disks, true);
+        for (index, queues) in [(0, 1), (1, 1), (2, 2)] {
+            drive(&machine, BARS + index * BAR, queues);
+            assert_eq!(status(&machine, BARS + index * BAR), 15);
+        }
+        machine
+    }
+
+    fn saved(machine: &Machine) -> MachineState {
+        machine.quiesce();
+        let state = machine.save();
+        machine.resume();
+        state
+    }
+
+    #[test]
+    fn a_machine_is_the_same_after_its_state_was_written_and_read() {
+        let dir = TempDir::new();
+        let disks = [disk(&dir, "disk", 64)];
+        let first = driven(&disks);
+        first.port_write(0x3ff, &[0x5a]);
+        first.port_write(0x70, &[0x33]);
+        first.port_write(0xcf8, &0x8000_0810_u32.to_le_bytes());
+        // The disk's BAR goes elsewhere.
+        let elsewhere = BARS + 0x10_0000;
+        first.port_write(0xcfc, &(elsewhere as u32).to_le_bytes());
+        first.mmio_write(layout::IOAPIC, &[0x18]);
+        first.mmio_write(layout::IOAPIC + 0x10, &0x31_u32.to_le_bytes());
+        let text = serde_json::to_string(&saved(&first)).unwrap();
+        let state: MachineState = serde_json::from_str(&text).unwrap();
+
+        let second = build(&disks, true);
+        second.restore(&state).unwrap();
+        assert_eq!(second.save(), state);
+        second.resume();
+        assert_eq!(saved(&second), state);
+        assert_eq!((status(&second, elsewhere), status(&second, BARS)), (15, 0xff));
+        let mut data = [0; 4];
+        second.port_read(0xcf8, &mut data);
+        assert_eq!(u32::from_le_bytes(data), 0x8000_0810);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named() {
+        let dir = TempDir::new();
+        let disks = [disk(&dir, "a", 64), disk(&dir, "b", 4096), disk(&dir, "c", 8192)];
+        let of = |disks: &[BlkDisk], console| saved(&build(disks, console));
+        let clone =
+            |indices: &[usize]| -> Vec<_> { indices.iter().map(|at| disks[*at].try_clone().unwrap()).collect() };
+        let good = of(&clone(&[0, 1]), false);
+        let refuse = |indices: &[usize], console, state: &MachineState| {
+            let machine = build(&clone(indices), console);
+            machine.restore(state).unwrap_err().to_string()
+        };
+        assert_eq!(
+            refuse(&[0, 2], false, &good),
+            "disk 1 has 8192 sectors, the snapshot's has 4096"
+        );
+        assert_eq!(
+            refuse(&[0], false, &good),
+            "the machine has 1 disks, the snapshot's has 2"
+        );
+        assert_eq!(
+            refuse(&[0, 1], true, &good),
+            "the machine has a virtio console, the snapshot's has none"
+        );
+        let state = MachineState {
+            version: 2,
+            ..good.clone()
+        };
+        assert_eq!(
+            refuse(&[0, 1], false, &state),
+            "the machine knows state version 1, the snapshot's has 2"
+        );
+        build(&clone(&[0, 1]), false).restore(&good).unwrap();
+    }
+
+    /// Damages a random leaf of a state, as a file could be.
+    fn damage(value: &mut Value, random: &mut Random) {
+        match value {
+            Value::Object(fields) if !fields.is_empty() => {
+                let at = random.below(fields.len() as u64) as usize;
+                damage(fields.values_mut().nth(at).unwrap(), random);
+            }
+            Value::Array(items) if !items.is_empty() => {
+                let at = random.below(items.len() as u64) as usize;
+                match random.below(8) {
+                    0 => drop(items.remove(at)),
+                    _ => damage(&mut items[at], random),
+                }
+            }
+            Value::Number(number) => {
+                let bit = 1 << random.below(40);
+                *value = [0, u16::MAX.into(), number.as_u64().unwrap_or(0) ^ bit][random.below(3) as usize].into();
+            }
+            Value::String(text) if !text.is_empty() => {
+                let at = random.below(text.len() as u64) as usize;
+                text.replace_range(at..=at, &random.below(10).to_string());
+            }
+            Value::Bool(on) => *on = !*on,
+            _ => *value = 1.into(),
+        }
+    }
+
+    #[test]
+    fn damaged_states_are_refused_or_harmless() {
+        let dir = TempDir::new();
+        let disks = [disk(&dir, "disk", 64)];
+        let good = serde_json::to_value(saved(&driven(&disks))).unwrap();
+        let mut random = Random(5);
+        let (mut refused, mut taken) = (0, 0);
+        for _ in 0..1500 {
+            let mut value = good.clone();
+            damage(&mut value, &mut random);
+            let Ok(state) = serde_json::from_value::<MachineState>(value) else {
+                continue;
+            };
+            let machine = build(&disks, true);
+            if machine.restore(&state).is_err() {
+                refused += 1;
+                continue;
+            }
+            taken += 1;
+            machine.resume();
+            for index in 0..3 {
+                machine.mmio_write(BARS + index * BAR + 0x3000, &[0; 2]);
+                machine.mmio_write(BARS + index * BAR + 20, &[0]);
+            }
+            machine.com1.input(b"x");
+        }
+        assert!(refused > 100 && taken > 100, "{refused} {taken}");
+        assert_eq!(std::fs::read(dir.path("disk")).unwrap(), [0; 64 * 512]);
+    }
+
+    #[test]
+    fn disks_can_be_named_and_flushed() {
+        let dir = TempDir::new();
+        let machine = build(&[disk(&dir, "disk", 64)], false);
+        machine.flush_disks().unwrap();
+        let disks: Vec<_> = machine.disks().collect();
+        let path: &Path = &dir.path("disk");
+        assert_eq!((disks[0].path(), disks[0].size()), (path, 64 * 512));
+        let before = disks[0].identity().unwrap();
+        std::fs::write(path, [1; 64 * 512]).unwrap();
+        let after = disks[0].identity().unwrap();
+        assert_eq!((before.device, before.inode), (after.device, after.inode));
+    }
+}
