@@ -83,7 +83,8 @@ impl Xsave {
 
 /// A local APIC's registers: the page of 1 KiB that the memory-mapped APIC shows (Intel SDM 3A, table 11-1), each register
 /// in the first 4 of 16 bytes. In x2APIC mode the ID register holds all 32 bits, and ICR2 the upper half of the ICR. The
-/// timer's current count is what was left of it at the moment of the state.
+/// timer's current count is what was left of it at the moment of the state. Register 290h, which is reserved, has what one
+/// engine wants to tell itself; others leave it alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct ApicPage(#[serde(serialize_with = "const_hex::serialize", deserialize_with = "page")] Vec<u8>);

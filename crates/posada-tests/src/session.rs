@@ -53,7 +53,7 @@ impl Session {
         let number = slot.number;
         // A shell has its background commands ignore SIGINT; a port is free again when the last command on it is gone.
         let line = format!(
-            "wait $job{number}; rm -f /run/{number}.pid
+            "[ -z \"$job{number}\" ] || wait $job{number}; rm -f /run/{number}.pid
             (env --default-signal=INT,QUIT sh -c 'echo $$ >/run/{number}.pid; exec env \"$@\"' sh {command}
             code=$?; printf '\\036%d\\036' $code; printf '\\036%d\\036' $code >&2
             ) <>/dev/ports/streams{number} >&0 2>/dev/ports/errors{number} & job{number}=$!"

@@ -273,6 +273,7 @@ impl Vcpu for FakeVcpu {
     fn counters(&self) -> Counters {
         Counters {
             instructions: self.instructions,
+            exits: 0,
         }
     }
 }

@@ -201,6 +201,8 @@ pub struct Core {
     pub pdptes: [u64; 4],
     /// Guest instructions executed.
     pub instructions: u64,
+    /// Times when the machine was asked or told something.
+    pub exits: u64,
     /// The processor shut down (triple fault).
     pub shut_down: bool,
     /// HLT ran: sleep until the next event.
@@ -261,6 +263,7 @@ impl Core {
             entered: false,
             pdptes: [0; 4],
             instructions: 0,
+            exits: 0,
             shut_down: false,
             halted: false,
             undelivered: Undelivered::default(),

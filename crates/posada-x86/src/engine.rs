@@ -152,6 +152,7 @@ impl Vcpu for Processor {
     fn counters(&self) -> Counters {
         Counters {
             instructions: self.core.instructions,
+            exits: self.core.exits,
         }
     }
 }

@@ -144,6 +144,7 @@ impl Core {
             }
             register::EOI => {
                 if let Some(vector) = self.lapic.end() {
+                    self.exits += 1;
                     self.machine.end_of_interrupt(vector);
                 }
             }

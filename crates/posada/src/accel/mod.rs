@@ -67,7 +67,7 @@ impl Kind {
     /// [`Error::Host`] when the host's KVM does not tell.
     pub fn offer(self) -> Result<Offer, Error> {
         match self {
-            Self::Kvm => Err(Error::Host("this build has no KVM engine".into())),
+            Self::Kvm => Ok(posada_kvm::Kvm::offer()?),
             Self::Emulator => Ok(posada_x86::Emulator::offer()),
         }
     }
@@ -78,7 +78,7 @@ impl Kind {
     /// [`Error::Host`] when the host lacks something.
     pub fn make(self, ram: Arc<GuestRam>, model: &CpuModel) -> Result<Arc<dyn Engine>, Error> {
         Ok(match self {
-            Self::Kvm => return Err(Error::Host("this build has no KVM engine".into())),
+            Self::Kvm => Arc::new(posada_kvm::Kvm::new(ram, model)?),
             Self::Emulator => Arc::new(posada_x86::Emulator::new(ram, model)?),
         })
     }
