@@ -209,15 +209,15 @@ fn cpu() -> Check {
 }
 
 fn kvm() -> Check {
-    let (status, found, meaning) = match accel::check_device() {
-        Ok(()) => (
+    let (status, found, meaning) = match posada_kvm::Kvm::offer() {
+        Ok(_) => (
             Status::Yes,
             "/dev/kvm makes VMs".into(),
             "There is a KVM; whether it runs guests properly and fast is measured: see the next line.",
         ),
-        Err(found) => (
+        Err(error) => (
             Status::No,
-            found,
+            error.to_string(),
             "VMs run on the software CPU, which needs nothing of the host.",
         ),
     };
@@ -452,7 +452,8 @@ mod tests {
             outcome(&Phase::ALL, End::Finished),
         );
         let check = engine(&Chosen {
-            kind: decision.choice.into(),
+            kind: Kind::Emulator,
+            offer: posada_x86::Emulator::offer(),
             reason: decision.reason.clone(),
             decision: Some((decision, true)),
             notice: None,

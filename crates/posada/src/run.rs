@@ -185,7 +185,7 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(Config, Chosen)> {
         }
         None => {
             let level = arguments.cpu_model.unwrap_or(Model::Host);
-            accel::model(chosen.kind, arguments.cpus.unwrap_or(1), level.baseline())?
+            chosen.model(arguments.cpus.unwrap_or(1), level.baseline())?
         }
     };
     let disks = arguments.disks.iter().map(|text| disk(text)).collect();

@@ -7,7 +7,7 @@ mod run;
 
 pub use policy::{Choice, Decision, boot_seconds, decide, time, unit_seconds};
 pub use program::Phase;
-pub use run::{End, Outcome, best, run};
+pub use run::{End, Make, Outcome, compare, run};
 
 #[cfg(test)]
 mod tests;

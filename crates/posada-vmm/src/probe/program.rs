@@ -23,7 +23,7 @@ pub const DONE: u32 = 0xff;
 const SEED: u64 = 0xcbf2_9ce4_8422_2325;
 const PRIME: u64 = 0x100_0000_01b3;
 
-const COMPUTE: u32 = 40_000;
+const COMPUTE: u32 = 100_000;
 const ROUNDS: u32 = 8;
 const PAGES: u32 = 128;
 const CALLS: u32 = 4_000;

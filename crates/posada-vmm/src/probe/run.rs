@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 /// How long an engine has for coming back once it was told to stop.
 const GRACE: Duration = Duration::from_millis(500);
 /// How often the program runs on an engine...
-const RUNS: u32 = 3;
+const RUNS: u32 = 5;
 /// ...unless this has passed.
-const QUICK: Duration = Duration::from_millis(100);
+const QUICK: Duration = Duration::from_millis(300);
 
 /// How the program went.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -62,24 +62,33 @@ pub trait Make: Fn(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error> + Clone + Se
 
 impl<F: Fn(Arc<GuestRam>) -> Result<Arc<dyn Engine>, Error> + Clone + Send + 'static> Make for F {}
 
-/// Runs the program up to [`RUNS`] times while that is quick, each time for `limit` at the most; gives the best time of each
-/// phase, since other programs can only make it longer. A run that does not finish speaks for all.
-pub fn best(make: impl Make, limit: Duration) -> Outcome {
+/// Runs the program on two engines by turns, up to [`RUNS`] times while that is quick, each time for `limit` at the most;
+/// gives the best time of each phase, since other programs can only make it longer. A run that does not finish speaks for all
+/// of its engine.
+pub fn compare(one: impl Make, other: impl Make, limit: Duration) -> (Outcome, Outcome) {
     let begin = Instant::now();
-    let mut best = run(make.clone(), limit);
+    let mut best = (run(one.clone(), limit), run(other.clone(), limit));
     for _ in 1..RUNS {
-        if best.end != End::Finished || begin.elapsed() > QUICK {
+        if begin.elapsed() > QUICK || best.0.end != End::Finished || best.1.end != End::Finished {
             break;
         }
-        let again = run(make.clone(), limit);
+        best.0.improve(run(one.clone(), limit));
+        best.1.improve(run(other.clone(), limit));
+    }
+    best
+}
+
+impl Outcome {
+    /// Takes the better times of `again`, or all of it if it did not finish.
+    fn improve(&mut self, again: Self) {
         if again.end != End::Finished {
-            return again;
+            *self = again;
+            return;
         }
-        for ((_, best), (_, again)) in best.phases.iter_mut().zip(&again.phases) {
+        for ((_, best), (_, again)) in self.phases.iter_mut().zip(&again.phases) {
             *best = best.min(*again);
         }
     }
-    best
 }
 
 /// Runs the program on the engine that `make` gives, for `limit` at the most and a little more.

@@ -2,6 +2,8 @@
 
 use posada_vmm::probe::Decision;
 use serde::{Deserialize, Serialize};
+use std::arch::x86_64::__cpuid;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::{env, fs, io, process};
 
@@ -23,15 +25,7 @@ pub struct Key {
 impl Key {
     /// This host, now.
     pub fn of_host() -> Self {
-        use std::os::unix::fs::MetadataExt;
         let read = |path| fs::read_to_string(path).unwrap_or_default().trim().to_string();
-        let processors = read("/proc/cpuinfo");
-        let processor = |name: &str| {
-            let line = processors.lines().find(|line| line.starts_with(name));
-            line.and_then(|line| line.split_once(": "))
-                .map_or("", |(_, value)| value)
-                .to_string()
-        };
         let program = fs::metadata("/proc/self/exe").map_or(String::new(), |file| {
             format!("{} {} {} {}", file.dev(), file.ino(), file.size(), file.mtime())
         });
@@ -42,11 +36,52 @@ impl Key {
                 read("/proc/sys/kernel/osrelease"),
                 read("/proc/sys/kernel/version")
             ),
-            processor: format!("{} microcode {}", processor("model name"), processor("microcode")),
+            processor: format!(
+                "{} microcode {}",
+                processor_name(),
+                read("/sys/devices/system/cpu/cpu0/microcode/version")
+            ),
             program: format!("{} {program}", env!("CARGO_PKG_VERSION")),
-            kvm: super::device::identity(),
+            kvm: kvm(),
         }
     }
+}
+
+/// What tells one KVM from another: the device's node and its modules' parameters, sorted.
+fn kvm() -> Vec<String> {
+    let entries = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let mut facts = Vec::new();
+    if let Ok(node) = fs::metadata("/dev/kvm") {
+        facts.push(format!("/dev/kvm {:x} {} {}", node.rdev(), node.ino(), node.ctime()));
+    }
+    for module in entries(Path::new("/sys/module")) {
+        if !module.file_name().to_string_lossy().starts_with("kvm") {
+            continue;
+        }
+        facts.push(module.path().display().to_string());
+        for parameter in entries(&module.path().join("parameters")) {
+            let value = fs::read_to_string(parameter.path()).unwrap_or_default();
+            facts.push(format!("{} {}", parameter.path().display(), value.trim()));
+        }
+    }
+    facts.sort();
+    facts
+}
+
+/// Signature and brand of the host's processor (Intel SDM 2A, CPUID). /proc/cpuinfo has them too, and is slow where there
+/// are many processors.
+fn processor_name() -> String {
+    let words = |leaf| {
+        let result = __cpuid(leaf);
+        [result.eax, result.ebx, result.ecx, result.edx]
+    };
+    let signature = words(1)[0];
+    if words(0x8000_0000)[0] < 0x8000_0004 {
+        return format!("{signature:#x}");
+    }
+    let brand = (0x8000_0002..=0x8000_0004).flat_map(words);
+    let brand: Vec<u8> = brand.flat_map(u32::to_le_bytes).take_while(|byte| *byte != 0).collect();
+    format!("{signature:#x} {}", String::from_utf8_lossy(&brand).trim())
 }
 
 #[derive(Serialize, Deserialize)]

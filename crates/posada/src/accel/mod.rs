@@ -1,10 +1,9 @@
 //! Which engine runs a VM's processors: what `--accel` means on this host.
 //!
-//! `auto` looks at /dev/kvm, and if that makes VMs runs the probe program on both engines ([`posada_vmm::probe`]). The decision
-//! is kept ([`cache`]) until something that it depends on changes.
+//! `auto` looks whether there is a KVM that makes VMs, and if so runs the probe program on both engines
+//! ([`posada_vmm::probe`]). The decision is kept ([`cache`]) until something that it depends on changes.
 
 mod cache;
-mod device;
 
 use anyhow::anyhow;
 use cache::{Cache, Key};
@@ -12,12 +11,10 @@ use clap::ValueEnum;
 use posada_engine::cpu::{Baseline, CpuModel, Offer};
 use posada_engine::{Engine, Error};
 use posada_memory::GuestRam;
-use posada_vmm::probe::{self, Choice, Decision, End};
+use posada_vmm::probe::{self, Choice, Decision, End, Make};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-
-pub use device::check as check_device;
 
 /// How long the probe program may take on an engine: the software CPU needs some milliseconds.
 const LIMIT: Duration = Duration::from_secs(1);
@@ -51,21 +48,12 @@ impl fmt::Display for Kind {
     }
 }
 
-impl From<Choice> for Kind {
-    fn from(choice: Choice) -> Self {
-        match choice {
-            Choice::Kvm => Self::Kvm,
-            Choice::Emulation => Self::Emulator,
-        }
-    }
-}
-
 impl Kind {
     /// What its processors can be.
     ///
     /// # Errors
-    /// [`Error::Host`] when the host's KVM does not tell.
-    pub fn offer(self) -> Result<Offer, Error> {
+    /// Why there is no KVM that can be used, and the way out.
+    fn offer(self) -> Result<Offer, Error> {
         match self {
             Self::Kvm => Ok(posada_kvm::Kvm::offer()?),
             Self::Emulator => Ok(posada_x86::Emulator::offer()),
@@ -83,14 +71,13 @@ impl Kind {
         })
     }
 
-    /// How the probe program goes.
-    fn probe(self) -> probe::Outcome {
-        let make = move |ram| {
+    /// Makes it for the probe program.
+    fn for_probe(self) -> impl Make {
+        move |ram| {
             let model = CpuModel::new(&self.offer()?, 1, None)
                 .map_err(|feature| Error::Host(format!("its processor lacks {feature}")))?;
             self.make(ram, &model)
-        };
-        probe::best(make, LIMIT)
+        }
     }
 }
 
@@ -99,6 +86,8 @@ impl Kind {
 pub struct Chosen {
     /// The engine.
     pub kind: Kind,
+    /// What its processors can be.
+    pub offer: Offer,
     /// Why, in a sentence without its full stop.
     pub reason: String,
     /// The decision with its figures, if one was made, and whether it was made before.
@@ -107,24 +96,36 @@ pub struct Chosen {
     pub notice: Option<String>,
 }
 
+impl Chosen {
+    /// What the processors of a VM are.
+    ///
+    /// # Errors
+    /// When the host lacks what `baseline` asks for.
+    pub fn model(&self, cpus: u32, baseline: Option<Baseline>) -> anyhow::Result<CpuModel> {
+        CpuModel::new(&self.offer, cpus, baseline).map_err(|feature| {
+            anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host")
+        })
+    }
+}
+
 /// Chooses the engine for a VM.
 ///
 /// # Errors
-/// When KVM is wanted and is not there.
+/// When KVM is wanted and cannot be used.
 pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
-    let asked = |kind| Chosen {
-        kind,
-        reason: "--accel says so".into(),
-        decision: None,
-        notice: None,
+    let asked = |kind: Kind| {
+        Ok::<_, Error>(Chosen {
+            kind,
+            offer: kind.offer()?,
+            reason: "--accel says so".into(),
+            decision: None,
+            notice: None,
+        })
     };
     let chosen = match wanted {
         Accelerator::Auto => auto(false),
-        Accelerator::Emulate => asked(Kind::Emulator),
-        Accelerator::Kvm => {
-            device::open().map_err(|why| anyhow!("KVM cannot be used: {why}; or use --accel emulate"))?;
-            asked(Kind::Kvm)
-        }
+        Accelerator::Kvm => asked(Kind::Kvm)?,
+        Accelerator::Emulate => asked(Kind::Emulator)?,
     };
     let cached = chosen.decision.as_ref().is_some_and(|(_, cached)| *cached);
     tracing::info!(engine = %chosen.kind, reason = chosen.reason, cached, "engine chosen");
@@ -133,21 +134,30 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
 
 /// What `auto` chooses on this host; with `anew` by a new run of the probe program.
 pub fn auto(anew: bool) -> Chosen {
-    let probe = || probe::decide(Kind::Kvm.probe(), Kind::Emulator.probe());
-    choose_by(device::check(), &Cache::of_user(), anew, probe)
+    let probe = || {
+        let (kvm, emulator) = probe::compare(Kind::Kvm.for_probe(), Kind::Emulator.for_probe(), LIMIT);
+        probe::decide(kvm, emulator)
+    };
+    let kvm = posada_kvm::Kvm::offer().map_err(|error| error.to_string());
+    choose_by(kvm, &Cache::of_user(), anew, probe)
 }
 
-fn choose_by(device: Result<(), String>, cache: &Cache, anew: bool, probe: impl FnOnce() -> Decision) -> Chosen {
-    if let Err(why) = device {
-        return Chosen {
-            kind: Kind::Emulator,
-            notice: Some(format!(
-                "the software CPU runs this VM, since {why}; --accel emulate does without this notice"
-            )),
-            reason: why,
-            decision: None,
-        };
-    }
+/// What `auto` chooses where KVM offers this, or cannot be used for this reason.
+fn choose_by(kvm: Result<Offer, String>, cache: &Cache, anew: bool, probe: impl FnOnce() -> Decision) -> Chosen {
+    let kvm = match kvm {
+        Ok(offer) => offer,
+        Err(why) => {
+            return Chosen {
+                kind: Kind::Emulator,
+                offer: posada_x86::Emulator::offer(),
+                notice: Some(format!(
+                    "the software CPU runs this VM, since KVM cannot be used: {why}"
+                )),
+                reason: format!("KVM cannot be used: {why}"),
+                decision: None,
+            };
+        }
+    };
     let key = Key::of_host();
     let known = if anew { None } else { cache.load(&key) };
     let cached = known.is_some();
@@ -159,28 +169,24 @@ fn choose_by(device: Result<(), String>, cache: &Cache, anew: bool, probe: impl 
         }
         decision
     });
-    let kind = decision.choice.into();
-    Chosen {
-        kind,
-        reason: decision.reason.clone(),
-        notice: (kind == Kind::Emulator).then(|| {
-            format!(
+    let (kind, offer, notice) = match decision.choice {
+        Choice::Kvm => (Kind::Kvm, kvm, None),
+        Choice::Emulation => {
+            let notice = format!(
                 "the software CPU runs this VM: {}; --accel kvm takes KVM all the same, posada doctor --probe measures \
                  again, --accel emulate does without this notice",
                 decision.reason
-            )
-        }),
+            );
+            (Kind::Emulator, posada_x86::Emulator::offer(), Some(notice))
+        }
+    };
+    Chosen {
+        kind,
+        offer,
+        reason: decision.reason.clone(),
         decision: Some((decision, cached)),
+        notice,
     }
-}
-
-/// The processors of a VM as an engine can give them.
-///
-/// # Errors
-/// When the host lacks what `baseline` asks for.
-pub fn model(kind: Kind, cpus: u32, baseline: Option<Baseline>) -> anyhow::Result<CpuModel> {
-    CpuModel::new(&kind.offer()?, cpus, baseline)
-        .map_err(|feature| anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host"))
 }
 
 #[cfg(test)]
@@ -207,12 +213,23 @@ mod tests {
         }
     }
 
+    /// What a KVM may offer, told from what the software CPU does.
+    fn offer() -> Offer {
+        Offer {
+            tsc_khz: 12_345,
+            ..posada_x86::Emulator::offer()
+        }
+    }
+
     #[test]
     fn without_a_device_nothing_is_probed_and_the_notice_says_why() {
         let cache = OwnCache::new();
-        let chosen = choose_by(Err("there is no such thing".into()), &cache.0, false, || {
-            panic!("there is nothing to probe")
-        });
+        let chosen = choose_by(
+            Err("there is no such thing; use --accel emulate".into()),
+            &cache.0,
+            false,
+            || panic!("there is nothing to probe"),
+        );
         assert_eq!((chosen.kind, chosen.decision), (Kind::Emulator, None));
         let notice = chosen.notice.unwrap();
         assert!(
@@ -231,10 +248,10 @@ mod tests {
                 probes.set(probes.get() + 1);
                 decision(choice)
             };
-            choose_by(Ok(()), &cache.0, anew, probe)
+            choose_by(Ok(offer()), &cache.0, anew, probe)
         };
         let first = choose(false, Choice::Kvm);
-        assert_eq!((first.kind, first.notice), (Kind::Kvm, None));
+        assert_eq!((first.kind, first.offer, first.notice), (Kind::Kvm, offer(), None));
         assert_eq!(first.decision, Some((decision(Choice::Kvm), false)));
         let second = choose(false, Choice::Emulation);
         assert_eq!(second.decision, Some((decision(Choice::Kvm), true)));
@@ -242,6 +259,7 @@ mod tests {
         assert_eq!(choose(true, Choice::Emulation).kind, Kind::Emulator);
         let last = choose(false, Choice::Kvm);
         assert_eq!((last.kind, probes.get()), (Kind::Emulator, 2));
+        assert_ne!(last.offer, offer());
         let notice = last.notice.unwrap();
         assert!(
             notice.contains("it is so") && notice.contains("--accel kvm"),
@@ -254,14 +272,14 @@ mod tests {
         let cache = OwnCache::new();
         let mut refused = decision(Choice::Emulation);
         refused.kvm.end = End::Refused("out of memory".into());
-        assert_eq!(choose_by(Ok(()), &cache.0, false, || refused).kind, Kind::Emulator);
-        let again = choose_by(Ok(()), &cache.0, false, || decision(Choice::Kvm));
+        assert_eq!(choose_by(Ok(offer()), &cache.0, false, || refused).kind, Kind::Emulator);
+        let again = choose_by(Ok(offer()), &cache.0, false, || decision(Choice::Kvm));
         assert_eq!(again.kind, Kind::Kvm);
     }
 
     #[test]
     fn the_software_cpu_passes_the_probe() {
-        let outcome = Kind::Emulator.probe();
+        let outcome = probe::run(Kind::Emulator.for_probe(), LIMIT);
         assert!(matches!(outcome.end, End::Finished | End::Late(..)), "{outcome:?}");
     }
 }
