@@ -1,6 +1,6 @@
 //! `posada run`: one VM in this process.
 
-use crate::accel::{self, Accelerator, Chosen, Kind};
+use crate::accel::{self, Accelerator, Chosen};
 use crate::{signals, size, summary};
 use clap::{Args, ValueEnum};
 use posada_engine::cpu::{Baseline, CpuModel};
@@ -236,16 +236,18 @@ fn agree(arguments: &Arguments, snapshot: &Snapshot) -> anyhow::Result<()> {
 
 /// The engine that was chosen, or if `auto` chose one that cannot go on with the VM, the software CPU where that can.
 fn fitting(chosen: Chosen, wanted: Accelerator, snapshot: &Snapshot) -> anyhow::Result<Chosen> {
-    let fits = |kind: Kind| -> anyhow::Result<Result<(), String>> { Ok(snapshot.model().fits(&kind.offer()?)) };
-    let Err(why) = fits(chosen.kind)? else {
+    let Err(why) = snapshot.model().fits(&chosen.offer) else {
         return Ok(chosen);
     };
-    if wanted == Accelerator::Auto && fits(Kind::Emulator)?.is_ok() {
-        return Ok(Chosen {
-            kind: Kind::Emulator,
-            notice: Some(format!("the software CPU runs this VM, which needs {why}")),
-            ..chosen
-        });
+    if wanted == Accelerator::Auto {
+        let other = accel::choose(Accelerator::Emulate)?;
+        if snapshot.model().fits(&other.offer).is_ok() {
+            let notice = format!("the software CPU runs this VM, which needs {why}");
+            return Ok(Chosen {
+                notice: Some(notice),
+                ..other
+            });
+        }
     }
     Err(snapshot.unfit(format!("its VM needs {why}")).into())
 }
