@@ -1,10 +1,12 @@
 //! The `posada` command. See `posada help`.
 
 mod accel;
+mod control;
 mod doctor;
 mod run;
 mod signals;
 mod size;
+mod snapshot;
 mod summary;
 
 use clap::error::ErrorKind;
@@ -30,6 +32,10 @@ POSADA_LOG=posada_vmm=debug. Without it warnings are.";
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Status(control::StatusArguments),
+    Pause(control::PauseArguments),
+    Resume(control::ResumeArguments),
+    Snapshot(snapshot::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -53,6 +59,10 @@ fn main() -> ExitCode {
         .init();
     let result = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Status(arguments) => control::status(&arguments),
+        Command::Pause(arguments) => control::pause(&arguments),
+        Command::Resume(arguments) => control::resume(&arguments),
+        Command::Snapshot(arguments) => snapshot::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     };
     result.unwrap_or_else(|error| {
