@@ -6,10 +6,10 @@ use crate::layout::{CODE, DATA, PAGE};
 use crate::operands::{self, Plan};
 use crate::rng::Rng;
 use crate::state::{Case, area};
-use crate::values;
+use crate::{trampoline, values};
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions, MemorySize,
-    Mnemonic, OpAccess, OpKind, Register, UsedMemory,
+    Code, Decoder, DecoderError, DecoderOptions, Encoder, Instruction, InstructionInfoFactory, InstructionInfoOptions,
+    MemorySize, Mnemonic, OpAccess, OpKind, Register, UsedMemory,
 };
 use std::collections::HashSet;
 
@@ -89,6 +89,9 @@ impl Generator {
         if form.bits == 32 {
             values::narrow(&mut case.state);
         }
+        // A signal that finds RSP in the signal stack would go on below it.
+        let stack = &mut case.state.gpr[4];
+        *stack ^= u64::from(trampoline::contains(*stack)) << 30;
         let Some(instruction) = self.encode(&mut rng, form, case) else {
             return false;
         };
@@ -171,9 +174,11 @@ impl Generator {
             _ => {}
         }
         longer.extend_from_slice(bytes);
-        let made = Decoder::with_ip(bits, &longer, rip, DecoderOptions::NONE).decode();
+        let mut decoder = Decoder::with_ip(bits, &longer, rip, DecoderOptions::NONE);
+        let made = decoder.decode();
         let known = made.len() == longer.len() && self.tested.contains(&(bits, made.code()));
-        let none = made.is_invalid() && longer.len() <= 15;
+        // With another address size, what follows may be a part of it: that is no form of ours.
+        let none = decoder.last_error() == DecoderError::InvalidInstruction && longer.len() <= 15;
         (known || none).then(|| {
             *bytes = longer;
             made
