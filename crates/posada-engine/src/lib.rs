@@ -6,6 +6,7 @@ pub mod clock;
 pub mod cpu;
 mod interrupt;
 pub mod msr;
+mod report;
 mod state;
 
 pub use interrupt::{Msi, MsiLine, MsiSink, PlainLine};
@@ -75,8 +76,11 @@ pub struct DebugControl {
 /// What a vCPU has done since it was made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Guest instructions executed.
+    /// Guest instructions executed; 0 where the processor itself runs them, uncounted.
     pub instructions: u64,
+    /// Times when guest code had to wait for the machine: accesses to ports and to addresses that are not RAM, ends of
+    /// level-triggered interrupts. With KVM: returns to this process.
+    pub exits: u64,
 }
 
 /// What went wrong in an engine.

@@ -66,6 +66,19 @@ pub const MTRR_FIXED: [u32; 11] = [
 /// Variable-range MTRRs: base and mask take turns.
 pub const MTRR_VARIABLE: std::ops::RangeInclusive<u32> = 0x200..=0x20f;
 
+/// What a register holds after RESET: zero for most. All memory is write-back in the MTRRs, as there is no firmware that would
+/// say so later.
+pub const fn reset_value(register: u32) -> u64 {
+    match register {
+        // Fast strings; no branch trace or event sampling.
+        MISC_ENABLE => 1 | 1 << 11 | 1 << 12,
+        PAT => 0x0007_0406_0007_0406,
+        // Enabled, write-back.
+        MTRR_DEF_TYPE => 1 << 11 | 6,
+        _ => 0,
+    }
+}
+
 /// The name of a portable register, for people.
 pub fn name(register: u32) -> String {
     match PORTABLE.iter().find(|(number, _)| *number == register) {

@@ -1,5 +1,6 @@
 //! How a `posada` is started.
 
+use crate::nested::TestHost;
 use crate::process::{PATIENCE, Process};
 use crate::terminal::Settings;
 use std::env;
@@ -78,6 +79,17 @@ impl Launch {
         self
     }
 
+    /// `--accel`, instead of the software CPU.
+    ///
+    /// # Panics
+    /// When this is no `posada run`.
+    #[must_use]
+    pub fn accel(mut self, name: &str) -> Self {
+        let option = self.arguments.iter().position(|argument| argument == "--accel");
+        self.arguments[option.expect("it is a run") + 1] = name.into();
+        self
+    }
+
     /// `--kernel`.
     #[must_use]
     pub fn kernel(self, path: impl AsRef<Path>) -> Self {
@@ -136,6 +148,14 @@ impl Launch {
         Process::start(&mut self.as_command(), self.patience)
     }
 
+    /// Starts it in a test host, where paths mean what they mean here.
+    ///
+    /// # Panics
+    /// When the test host does not answer.
+    pub fn start_in(&self, host: &TestHost) -> Process {
+        host.start_command(&self.as_command(), self.patience)
+    }
+
     /// Starts it on a new terminal; gives the terminal's settings before it came, too.
     ///
     /// # Panics
@@ -161,6 +181,7 @@ mod tests {
     #[test]
     fn a_launch_is_a_command_line() {
         let launch = Launch::run()
+            .accel("kvm")
             .kernel("k")
             .cpus(2)
             .memory("64M")
@@ -169,7 +190,7 @@ mod tests {
         let line = launch.arguments.join(OsStr::new(" "));
         assert_eq!(
             line,
-            "run --accel emulate --console stdio --kernel k --cpus 2 --memory 64M --disk d,ro --debug-exit"
+            "run --accel kvm --console stdio --kernel k --cpus 2 --memory 64M --disk d,ro --debug-exit"
         );
     }
 }

@@ -13,13 +13,18 @@
 //!
 //! Everything has a deadline, and what fails says what the process has printed. A process never outlives its test.
 //!
+//! A [`TestHost`] is a machine with a real KVM in which the same command lines run.
+//!
 //! The tests need what `make e2e` builds. They are left out of `make unit`, and fail where something is missing: a test that
 //! is skipped in silence holds nothing.
 
 mod folder;
 mod images;
 mod launch;
+mod nested;
+mod place;
 mod process;
+mod session;
 mod shell;
 mod terminal;
 mod transcript;
@@ -27,6 +32,8 @@ mod transcript;
 pub use folder::Folder;
 pub use images::{PROMPT, debian, image, root_disk, small_linux};
 pub use launch::{Launch, bare_program, posada};
+pub use nested::TestHost;
+pub use place::Place;
 pub use process::{Ended, Process};
 pub use shell::{Answer, Shell};
 pub use terminal::Settings;

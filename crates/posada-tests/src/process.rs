@@ -1,4 +1,4 @@
-//! A child process with pipes or a terminal, deadlines and a certain end.
+//! A process with pipes or a terminal, deadlines and a certain end.
 
 use crate::shell::Shell;
 use crate::terminal::{Settings, Terminal};
@@ -12,9 +12,24 @@ use std::time::{Duration, Instant};
 /// How long is waited for anything: long enough for a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Where a process runs: as a child of this one, or in a test host.
+pub(crate) trait Body: Send {
+    /// Sends it a signal.
+    fn signal(&mut self, signal: i32) -> io::Result<()>;
+
+    /// Waits until it has ended, and leaves it so.
+    fn wait(&mut self, deadline: Instant) -> io::Result<()>;
+
+    /// After its end: its exit code, or the signal that ended it.
+    fn status(&mut self) -> io::Result<(Option<i32>, Option<i32>)>;
+
+    /// Ends it if it has not ended.
+    fn kill(&mut self);
+}
+
 /// A running process. Dropping it kills it.
 pub struct Process {
-    child: Child,
+    body: Box<dyn Body>,
     name: String,
     input: Box<dyn Write + Send>,
     output: Transcript,
@@ -58,7 +73,27 @@ impl Process {
             errors: Transcript::follow(child.stderr.take().expect("it is piped")),
             terminal: None,
             name: format!("{command:?}"),
-            child,
+            body: Box::new(child),
+            seen: 0,
+            patience,
+        }
+    }
+
+    /// Takes a process that runs already.
+    pub(crate) fn attach(
+        name: String,
+        body: impl Body + 'static,
+        input: impl Write + Send + 'static,
+        [output, errors]: [Transcript; 2],
+        patience: Duration,
+    ) -> Self {
+        Self {
+            body: Box::new(body),
+            name,
+            input: Box::new(input),
+            output,
+            errors,
+            terminal: None,
             seen: 0,
             patience,
         }
@@ -87,7 +122,7 @@ impl Process {
             errors: Transcript::follow(io::empty()),
             terminal: Some(terminal),
             name,
-            child,
+            body: Box::new(child),
             seen: 0,
             patience,
         };
@@ -156,16 +191,10 @@ impl Process {
     /// # Panics
     /// When it is gone.
     pub fn signal(&mut self, signal: i32) -> &mut Self {
-        // SAFETY: takes numbers; the child is not waited for yet, so its id is still its own.
-        if unsafe { libc::kill(self.id(), signal) } != 0 {
-            self.fail(&format!("cannot signal it: {}", io::Error::last_os_error()));
+        if let Err(error) = self.body.signal(signal) {
+            self.fail(&format!("cannot signal it: {error}"));
         }
         self
-    }
-
-    /// Its process id.
-    pub fn id(&self) -> i32 {
-        i32::try_from(self.child.id()).expect("Linux has no larger ids")
     }
 
     /// Waits for its end.
@@ -173,38 +202,60 @@ impl Process {
     /// # Panics
     /// When it does not come.
     pub fn end(mut self) -> Ended {
-        if let Err(error) = self.wait() {
+        if let Err(error) = self.body.wait(self.deadline()) {
             self.fail(&format!("it did not end within {:?}: {error}", self.patience));
         }
-        let status = self
-            .child
-            .wait()
-            .unwrap_or_else(|error| panic!("cannot wait for it: {error}"));
+        let (code, signal) = self
+            .body
+            .status()
+            .unwrap_or_else(|error| panic!("cannot tell how it ended: {error}"));
         for pipe in [&self.output, &self.errors] {
             if pipe.closed(self.deadline()).is_err() {
                 self.fail("it ended and left a process behind that holds its pipes");
             }
         }
         Ended {
-            code: status.code(),
-            signal: status.signal(),
+            code,
+            signal,
             output: self.output.text(),
             errors: self.errors.text(),
             terminal: self.terminal.as_ref().map(|_| self.terminal_settings()),
         }
     }
 
-    /// Waits until it has ended, and leaves its status.
-    fn wait(&self) -> io::Result<()> {
+    fn fail(&self, what: &str) -> ! {
+        panic!(
+            "{}: {what}{}",
+            self.name,
+            printed(&self.output.text(), &self.errors.text())
+        );
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.body.kill();
+    }
+}
+
+impl Body for Child {
+    fn signal(&mut self, signal: i32) -> io::Result<()> {
+        // SAFETY: takes numbers; the child is not waited for yet, so its id is still its own.
+        if unsafe { libc::kill(process_id(self), signal) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
+    }
+
+    fn wait(&mut self, deadline: Instant) -> io::Result<()> {
         // SAFETY: takes numbers and gives a descriptor that is ours alone.
-        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.id(), 0) };
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, process_id(self), 0) };
         if fd < 0 {
             return Err(io::Error::last_os_error());
         }
         let fd = i32::try_from(fd).expect("descriptors are small");
         // SAFETY: see above.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let deadline = self.deadline();
         loop {
             let left = deadline.saturating_duration_since(Instant::now()).as_millis();
             let mut poll = libc::pollfd {
@@ -226,20 +277,19 @@ impl Process {
         }
     }
 
-    fn fail(&self, what: &str) -> ! {
-        panic!(
-            "{}: {what}{}",
-            self.name,
-            printed(&self.output.text(), &self.errors.text())
-        );
+    fn status(&mut self) -> io::Result<(Option<i32>, Option<i32>)> {
+        let status = Child::wait(self)?;
+        Ok((status.code(), status.signal()))
+    }
+
+    fn kill(&mut self) {
+        let _ = Child::kill(self);
+        let _ = Child::wait(self);
     }
 }
 
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+fn process_id(child: &Child) -> i32 {
+    i32::try_from(child.id()).expect("Linux has no larger ids")
 }
 
 impl Ended {
@@ -327,9 +377,8 @@ mod tests {
 
     #[test]
     fn nothing_outlives_a_dropped_process() {
-        let mut process = sh("echo up; exec sleep 1000");
-        process.expect("up");
-        let id = process.id();
+        let mut process = sh("echo $$; exec sleep 1000");
+        let id = process.until("\n").parse().unwrap();
         drop(process);
         // SAFETY: signal 0 only asks.
         assert_eq!(unsafe { libc::kill(id, 0) }, -1);

@@ -1,6 +1,6 @@
 //! The bare programs of `guest/bare` in a VM: what user mode cannot reach, and guests that end badly.
 
-use posada_tests::{Ended, Launch, bare_program};
+use posada_tests::{Ended, Launch, Place, bare_program};
 
 fn bare(name: &str, cpus: u32) -> Launch {
     Launch::run()
@@ -11,8 +11,8 @@ fn bare(name: &str, cpus: u32) -> Launch {
 }
 
 /// Runs a program that checks things; all of them must hold.
-fn all_ok(name: &str, cpus: u32) {
-    let ended = bare(name, cpus).start().end();
+fn all_ok(place: &Place, name: &str, cpus: u32) -> Ended {
+    let ended = place.start(&bare(name, cpus)).end();
     let failures: Vec<&str> = ended.output.lines().filter(|line| line.contains("FAIL")).collect();
     if !failures.is_empty() {
         ended.fail(&format!(
@@ -27,14 +27,18 @@ fn all_ok(name: &str, cpus: u32) {
     if held == 0 || !ended.output.contains(&format!("done: {held} checks, 0 failed")) {
         ended.fail(&format!("wanted the {held} checks that were seen to be all"));
     }
+    ended
 }
 
 macro_rules! all_checks_hold {
     ($($test:ident: $program:literal on $cpus:literal;)*) => {
         $(#[test]
         fn $test() {
-            all_ok($program, $cpus);
+            all_ok(&Place::Here, $program, $cpus);
         })*
+
+        /// All the programs above, and how many processors they are for.
+        const CHECKS: &[(&str, u32)] = &[$(($program, $cpus)),*];
     };
 }
 
@@ -58,55 +62,106 @@ all_checks_hold! {
     a_hostile_guest_with_two_cpus_harms_nobody: "hostile" on 2;
 }
 
-#[test]
-fn a_triple_fault_ends_the_vm_with_a_report() {
-    let ended = bare("triplefault", 1).start().end();
+fn triple_fault(place: &Place) {
+    let ended = place.start(&bare("triplefault", 1)).end();
     ended.expect_code(2);
     if !ended.errors.starts_with("posada: the guest crashed") || !ended.errors.to_lowercase().contains("rip") {
         ended.fail("wanted a report with registers");
     }
 }
 
-#[test]
-fn power_off_ends_the_vm_with_0() {
-    let ended = bare("poweroff", 2).start().end();
+fn power_off(place: &Place) {
+    let ended = place.start(&bare("poweroff", 2)).end();
     ended.expect_code(0);
     if !ended.output.contains("powering off") || !ended.errors.is_empty() {
         ended.fail("wanted a quiet end");
     }
 }
 
-fn stop_spinning(cpus: u32, signal: i32) -> Ended {
-    let mut vm = bare("spin", cpus).start();
+fn stop_spinning(place: &Place, cpus: u32, signal: i32) -> Ended {
+    let mut vm = place.start(&bare("spin", cpus));
     vm.expect("spinning").signal(signal);
     vm.end()
 }
 
 #[test]
 fn a_guest_that_takes_no_interrupts_stops_on_sigterm() {
-    stop_spinning(1, libc::SIGTERM).expect_code(128 + libc::SIGTERM);
-    stop_spinning(2, libc::SIGTERM).expect_code(128 + libc::SIGTERM);
+    stop_spinning(&Place::Here, 1, libc::SIGTERM).expect_code(128 + libc::SIGTERM);
+    stop_spinning(&Place::Here, 2, libc::SIGTERM).expect_code(128 + libc::SIGTERM);
 }
 
 #[test]
 fn a_guest_that_takes_no_interrupts_stops_on_ctrl_c() {
-    stop_spinning(1, libc::SIGINT).expect_code(128 + libc::SIGINT);
+    stop_spinning(&Place::Here, 1, libc::SIGINT).expect_code(128 + libc::SIGINT);
 }
 
-#[test]
-fn a_reset_starts_the_guest_again() {
+fn reset(place: &Place) {
     for way in ["acpi", "keyboard", "cf9"] {
-        let mut vm = bare("reset", 2).cmdline(way).start();
+        let mut vm = place.start(&bare("reset", 2).cmdline(way));
         vm.expect("up\n").expect("up\n").expect("up\n").signal(libc::SIGTERM);
         vm.end().expect_code(128 + libc::SIGTERM);
     }
 }
 
-#[test]
-fn a_reset_ends_the_vm_where_no_reboot_is_wanted() {
+fn reset_without_reboot(place: &Place) {
     for way in ["acpi", "keyboard", "cf9"] {
-        let ended = bare("reset", 1).cmdline(way).arg("--no-reboot").start().end();
+        let ended = place.start(&bare("reset", 1).cmdline(way).arg("--no-reboot")).end();
         ended.expect_code(0);
         assert_eq!(ended.output, "up\n");
+    }
+}
+
+#[test]
+fn a_triple_fault_ends_the_vm_with_a_report() {
+    triple_fault(&Place::Here);
+}
+
+#[test]
+fn power_off_ends_the_vm_with_0() {
+    power_off(&Place::Here);
+}
+
+#[test]
+fn a_reset_starts_the_guest_again() {
+    reset(&Place::Here);
+}
+
+#[test]
+fn a_reset_ends_the_vm_where_no_reboot_is_wanted() {
+    reset_without_reboot(&Place::Here);
+}
+
+/// What a program says, but for how often it saw what it may see or not.
+fn said(ended: &Ended) -> Vec<String> {
+    let line = |line: &str| match line.starts_with("ok ") {
+        true => line.to_string(),
+        false => line.replace(|letter: char| letter.is_ascii_digit(), ""),
+    };
+    ended.output.lines().map(line).collect()
+}
+
+#[test]
+fn on_kvm_the_programs_say_what_they_say_on_the_software_cpu() {
+    let Some(place) = Place::kvm() else { return };
+    for (program, cpus) in CHECKS {
+        let here = all_ok(&Place::Here, program, *cpus);
+        let there = all_ok(&place, program, *cpus);
+        assert_eq!(
+            said(&there),
+            said(&here),
+            "{program} with {cpus} vCPUs, KVM on the left"
+        );
+    }
+}
+
+#[test]
+fn on_kvm_guests_end_as_they_do_on_the_software_cpu() {
+    let Some(place) = Place::kvm() else { return };
+    triple_fault(&place);
+    power_off(&place);
+    reset(&place);
+    reset_without_reboot(&place);
+    for (cpus, signal) in [(1, libc::SIGTERM), (2, libc::SIGTERM), (1, libc::SIGINT)] {
+        stop_spinning(&place, cpus, signal).expect_code(128 + signal);
     }
 }

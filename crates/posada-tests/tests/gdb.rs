@@ -1,13 +1,13 @@
 //! The real gdb at a running VM: it sees registers and memory, stops and steps the guest, and leaves it running.
 
-use posada_tests::{Folder, Launch, Process, bare_program, small_linux};
+use posada_tests::{Folder, Launch, Place, Process, bare_program, small_linux};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 /// Starts a gdb that attaches and does `commands`.
-fn start_gdb(socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> Process {
+fn start_gdb(place: &Place, socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> Process {
     let mut command = Command::new("gdb");
     command.args(["-nx", "-batch", "-ex", "set confirm off", "-ex", "set pagination off"]);
     command.args(["-ex", "set architecture i386:x86-64", "-ex"]);
@@ -18,12 +18,12 @@ fn start_gdb(socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> Proces
         command.args(["-ex", text]);
     }
     command.args(symbols);
-    Process::start(&mut command, Duration::from_secs(120))
+    place.start_command(&mut command, Duration::from_secs(120))
 }
 
 /// Attaches gdb, has it do `commands`, and gives what it printed.
-fn gdb(socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> String {
-    let ended = start_gdb(socket, symbols, commands).end();
+fn gdb(place: &Place, socket: &Path, symbols: Option<&Path>, commands: &[&str]) -> String {
+    let ended = start_gdb(place, socket, symbols, commands).end();
     ended.expect_code(0);
     // gdb says here what it could not do, and goes on.
     for trouble in ["annot", "rror", "imed out", "No symbol", "onnection"] {
@@ -49,26 +49,26 @@ fn show(name: &str, expression: &str) -> String {
     format!("printf \"{name}=%lx\\n\", (long)({expression})")
 }
 
-fn spinning(folder: &Folder, address: impl AsRef<std::ffi::OsStr>) -> Process {
-    let mut vm = Launch::run()
+fn spinning(place: &Place, folder: &Folder, address: impl AsRef<std::ffi::OsStr>) -> Process {
+    let launch = Launch::run()
         .folder(folder.path())
         .kernel(bare_program("spin"))
         .memory("64M")
         .cpus(2)
         .arg("--gdb")
-        .arg(address)
-        .start();
+        .arg(address);
+    let mut vm = place.start(&launch);
     vm.expect("spinning\n");
     vm
 }
 
-#[test]
-fn gdb_debugs_a_bare_program() {
-    let folder = Folder::new();
+fn debug_a_bare_program(place: &Place) {
+    let folder = place.folder();
     let socket = folder.path().join("gdb");
-    let mut vm = spinning(&folder, &socket);
+    let mut vm = spinning(place, &folder, &socket);
     let symbols = bare_program("spin.elf64");
     let output = gdb(
+        place,
         &socket,
         Some(&symbols),
         &[
@@ -104,17 +104,16 @@ fn gdb_debugs_a_bare_program() {
     // The guest runs on where gdb left it.
     vm.expect("spinning\n").signal(libc::SIGTERM);
     vm.end().expect_code(128 + libc::SIGTERM);
-    assert_eq!(folder.names().len(), 0, "the socket was left behind");
+    assert_eq!(place.names(folder.path()), "", "the socket was left behind");
 }
 
-#[test]
-fn gdb_attaches_again_and_kills_the_vm() {
-    let folder = Folder::new();
+fn attach_again_and_kill(place: &Place) {
+    let folder = place.folder();
     let socket = folder.path().join("gdb");
-    let vm = spinning(&folder, &socket);
-    let rip = value(&gdb(&socket, None, &[&show("rip", "$rip"), "detach"]), "rip").to_string();
+    let vm = spinning(place, &folder, &socket);
+    let rip = value(&gdb(place, &socket, None, &[&show("rip", "$rip"), "detach"]), "rip").to_string();
     // The VM is gone before it can answer `kill`, which gdb may call an error.
-    let again = start_gdb(&socket, None, &["stepi", "stepi", &show("rip", "$rip"), "kill"])
+    let again = start_gdb(place, &socket, None, &["stepi", "stepi", &show("rip", "$rip"), "kill"])
         .end()
         .output;
     // The program is an endless jump to itself.
@@ -122,11 +121,10 @@ fn gdb_attaches_again_and_kills_the_vm() {
     vm.end().expect_code(0);
 }
 
-#[test]
-fn gdb_debugs_linux() {
-    let folder = Folder::new();
+fn debug_linux(place: &Place) {
+    let folder = place.folder();
     let socket = folder.path().join("gdb");
-    let mut vm = small_linux().cpus(2).arg("--gdb").arg(&socket).start();
+    let mut vm = place.start(&small_linux().cpus(2).arg("--gdb").arg(&socket));
     vm.prompt();
     let mut shell = vm.shell();
     let mut address = |symbol: &str| {
@@ -137,6 +135,7 @@ fn gdb_debugs_linux() {
     let version = shell.run("cat /proc/version").success().output.clone();
     shell.run("(while :; do usleep 1000; done) & true").success();
     let output = gdb(
+        place,
         &socket,
         None,
         &[
@@ -161,4 +160,27 @@ fn gdb_debugs_linux() {
     shell.run("kill $!; nproc").expect("2");
     shell.send("poweroff -f\n");
     shell.end().expect_code(0);
+}
+
+#[test]
+fn gdb_debugs_a_bare_program() {
+    debug_a_bare_program(&Place::Here);
+}
+
+#[test]
+fn gdb_attaches_again_and_kills_the_vm() {
+    attach_again_and_kill(&Place::Here);
+}
+
+#[test]
+fn gdb_debugs_linux() {
+    debug_linux(&Place::Here);
+}
+
+#[test]
+fn on_kvm_gdb_debugs_a_bare_program_and_linux() {
+    let Some(place) = Place::kvm() else { return };
+    debug_a_bare_program(&place);
+    attach_again_and_kill(&place);
+    debug_linux(&place);
 }

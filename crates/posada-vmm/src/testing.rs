@@ -271,6 +271,7 @@ impl Vcpu for FakeVcpu {
     fn counters(&self) -> Counters {
         Counters {
             instructions: self.instructions,
+            exits: 0,
         }
     }
 }

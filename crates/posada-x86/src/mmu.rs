@@ -168,6 +168,7 @@ impl Core {
                 }
             }
         } else if !self.lapic_mmio_read(gpa, data) {
+            self.exits += 1;
             self.machine.mmio_read(gpa, data);
         }
     }
@@ -189,6 +190,7 @@ impl Core {
                 self.leave_block();
             }
         } else if !self.lapic_mmio_write(gpa, data) {
+            self.exits += 1;
             self.machine.mmio_write(gpa, data);
         }
     }

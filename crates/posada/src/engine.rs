@@ -9,3 +9,8 @@ use std::sync::Arc;
 pub fn emulate(ram: Arc<GuestRam>, model: &CpuModel) -> Result<Arc<dyn Engine>, Error> {
     Ok(Arc::new(posada_x86::Emulator::new(ram, model)?))
 }
+
+/// The host's KVM with the vCPUs of `model` on `ram`.
+pub fn kvm(ram: Arc<GuestRam>, model: &CpuModel) -> Result<Arc<dyn Engine>, Error> {
+    Ok(Arc::new(posada_kvm::Kvm::new(ram, model)?))
+}

@@ -7,7 +7,7 @@ use posada_engine::cpu::{Baseline, CpuModel};
 use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
-use posada_vmm::vm::{self, Config, DiskConfig};
+use posada_vmm::vm::{self, Config, DiskConfig, MakeEngine};
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -99,6 +99,8 @@ pub struct Arguments {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Accelerator {
+    /// The host's KVM
+    Kvm,
     /// The software CPU
     Emulate,
 }
@@ -160,12 +162,13 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     } else {
         "console=ttyS0"
     };
-    let model = CpuModel::new(
-        &posada_x86::Emulator::offer(),
-        arguments.cpus,
-        arguments.cpu_model.baseline(),
-    )
-    .map_err(|feature| anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host"))?;
+    let offer = match arguments.accel {
+        Accelerator::Kvm => posada_kvm::Kvm::offer()?,
+        Accelerator::Emulate => posada_x86::Emulator::offer(),
+    };
+    let model = CpuModel::new(&offer, arguments.cpus, arguments.cpu_model.baseline()).map_err(|feature| {
+        anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host")
+    })?;
     let config = Config {
         kernel: arguments.kernel.clone(),
         initramfs: arguments.initramfs.clone(),
@@ -182,10 +185,11 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let control = Control::new();
     signals::end_on_signals(control.clone())?;
     let begin = Instant::now();
-    let make_engine = match arguments.accel {
-        Accelerator::Emulate => engine::emulate,
+    let make_engine: MakeEngine<'_> = match arguments.accel {
+        Accelerator::Kvm => &engine::kvm,
+        Accelerator::Emulate => &engine::emulate,
     };
-    let report = vm::run(&config, &make_engine, &control)?;
+    let report = vm::run(&config, make_engine, &control)?;
     let (code, reason) = explain(&report.ending);
     if let Some(path) = &arguments.summary {
         summary::write(path, &report, reason, begin.elapsed())?;

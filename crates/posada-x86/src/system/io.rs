@@ -49,6 +49,7 @@ impl Core {
     fn port_read<T: Size>(&mut self, port: u16) -> T {
         let mut data = [0; 8];
         self.watch_ports(port, T::BYTES);
+        self.exits += 1;
         self.machine.port_read(port, &mut data[..T::BYTES as usize]);
         T::from_u64(u64::from_le_bytes(data))
     }
@@ -56,6 +57,7 @@ impl Core {
     fn port_write<T: Size>(&mut self, port: u16, value: T) {
         let data = value.to_u64().to_le_bytes();
         self.watch_ports(port, T::BYTES);
+        self.exits += 1;
         self.machine.port_write(port, &data[..T::BYTES as usize]);
     }
 
