@@ -7,6 +7,7 @@ pub mod gdb;
 pub mod layout;
 pub mod machine;
 pub mod notify;
+pub mod probe;
 mod resident;
 #[cfg(test)]
 mod testing;

@@ -177,7 +177,7 @@ impl Life {
             virtio_console: virtio_console.map_err(console::Error::Stdio)?.map(|(writer, _)| writer),
             debug_exit: config.debug_exit,
         };
-        let machine = Arc::new(Machine::new(parts, &ram, &engine.msi_sink(), control)?);
+        let machine = Arc::new(Machine::new(parts, &ram, &engine, control)?);
         let mut cpus = Vec::new();
         for index in 0..config.model.cpus {
             cpus.push(engine.create_vcpu(index, machine.clone())?);

@@ -5,6 +5,8 @@ use crate::core::Core;
 use crate::fault::{Exec, vector};
 use crate::insn::{Insn, WIDE};
 use crate::native::needs;
+use posada_engine::Xsave;
+use posada_engine::cpu::CpuModel;
 use std::arch::asm;
 
 /// Component bit of x87 state.
@@ -32,10 +34,9 @@ const COMPACTED: u64 = 1 << 63;
 /// Bytes of the legacy region that FXSAVE writes: up to the last XMM register.
 const LEGACY: usize = 416;
 
-/// Components that XCR0 may enable.
-pub fn supported() -> u64 {
-    let avx = crate::native::shown(iced_x86::CpuidFeature::AVX);
-    X87 | SSE | if avx { AVX } else { 0 }
+/// True for a value that XCR0 may have, where there are these components.
+pub(crate) fn xcr0_valid(value: u64, components: u64) -> bool {
+    value & X87 != 0 && value & (SSE | AVX) != AVX && value & !components == 0
 }
 
 /// Bytes of a standard-format area with these components.
@@ -122,6 +123,43 @@ impl Core {
         }
     }
 
+    /// All of it, whatever the mode, for the portable state: every component that the VM has.
+    pub(crate) fn xsave_area(&self) -> Xsave {
+        let model = self.shared.vm().model();
+        let components = model.xcr0();
+        let mut bytes = vec![0; model.xsave_size(components) as usize];
+        self.put_x87(&mut bytes, true);
+        self.put_mxcsr(&mut bytes);
+        for (number, ymm) in self.vector.ymm.iter().enumerate() {
+            bytes[160 + number * 16..][..16].copy_from_slice(&ymm[..16]);
+            if components & AVX != 0 {
+                bytes[AVX_OFFSET + number * 16..][..16].copy_from_slice(&ymm[16..]);
+            }
+        }
+        let mut area = Xsave::new(bytes);
+        area.set_xstate_bv(components);
+        area
+    }
+
+    /// Takes all of an area that [`check_area`] found good.
+    pub(crate) fn set_xsave_area(&mut self, area: &Xsave) {
+        let (bytes, present) = (area.bytes(), area.xstate_bv());
+        self.vector.fx = [0; 512];
+        let initial = initial_fx();
+        self.take_x87(if present & X87 != 0 { bytes } else { &initial }, true);
+        // As XRSTOR: MXCSR is there whatever is present.
+        self.vector.mxcsr = mxcsr_of(bytes);
+        self.vector.ymm = [[0; 32]; 16];
+        for (number, ymm) in self.vector.ymm.iter_mut().enumerate() {
+            if present & SSE != 0 {
+                ymm[..16].copy_from_slice(&bytes[160 + number * 16..][..16]);
+            }
+            if present & AVX != 0 {
+                ymm[16..].copy_from_slice(&bytes[AVX_OFFSET + number * 16..][..16]);
+            }
+        }
+    }
+
     /// Bytes of XMM registers that the current mode has, in the legacy region.
     fn xmm_end(&self) -> usize {
         160 + self.vector_registers() * 16
@@ -185,6 +223,32 @@ impl Core {
         let mask = self.regs[0] & 0xffff_ffff | self.regs[2] << 32;
         Ok(mask & self.vector.xcr0)
     }
+}
+
+/// Refuses an area that no processor of `model` could have saved in the standard format.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn check_area(area: &Xsave, model: &CpuModel) -> Result<(), String> {
+    let (bytes, present) = (area.bytes(), area.xstate_bv());
+    if present & !model.xcr0() != 0 {
+        return Err(format!(
+            "the XSAVE area has components {present:#x}, of which the processor lacks some"
+        ));
+    }
+    if bytes.len() < model.xsave_size(present) as usize {
+        return Err("the XSAVE area is too short for its components".into());
+    }
+    if bytes[Xsave::LEGACY + 8..Xsave::HEADER_END]
+        .iter()
+        .any(|&byte| byte != 0)
+    {
+        return Err("the XSAVE area is not in the standard format".into());
+    }
+    if mxcsr_of(bytes) & !MXCSR_MASK != 0 {
+        return Err("MXCSR has reserved bits set".into());
+    }
+    Ok(())
 }
 
 /// Lets the host's processor make of an x87 image what it would keep of it: reserved bits, summary bits.
@@ -437,7 +501,7 @@ pub fn xsetbv(core: &mut Core, _: &Insn) -> Exec {
         return core.raise(vector::UD);
     }
     let value = core.regs[0] & 0xffff_ffff | core.regs[2] << 32;
-    let valid = value & X87 != 0 && value & (SSE | AVX) != AVX && value & !supported() == 0;
+    let valid = xcr0_valid(value, core.shared.vm().model().xcr0());
     if core.cpl != 0 || core.regs[1] as u32 != 0 || !valid {
         return core.general_protection();
     }
@@ -453,11 +517,15 @@ mod tests {
     use crate::insn::{Handler, ZERO};
     use crate::mmu::tests::core as bare_core;
 
+    fn supported(core: &Core) -> u64 {
+        core.shared.vm().model().xcr0()
+    }
+
     /// A core with XSAVE enabled and every component in use.
     fn core() -> Core {
         let mut core = bare_core();
         core.cr[4] |= 3 << 9 | 1 << 18;
-        core.vector.xcr0 = supported();
+        core.vector.xcr0 = supported(&core);
         core.update_mode();
         core.vector.fx[..5].copy_from_slice(&[0x7f, 3, 0, 0x38, 0x80]);
         core.vector.fx[32..42].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f]);
@@ -536,7 +604,7 @@ mod tests {
         run(&mut core, xsavec, 0x800, !0).unwrap();
         assert_eq!(
             (core.load(0xa00), core.load(0xa08)),
-            (Ok(in_use), Ok(COMPACTED | supported()))
+            (Ok(in_use), Ok(COMPACTED | supported(&core)))
         );
         // XSAVE keeps the bits of what it was not asked for.
         run(&mut core, xsave, 0x400, X87).unwrap();

@@ -1,7 +1,7 @@
 //! The `posada` command. See `posada help`.
 
+mod accel;
 mod doctor;
-mod engine;
 mod run;
 mod signals;
 mod size;
@@ -9,6 +9,7 @@ mod summary;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let result = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),

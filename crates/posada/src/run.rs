@@ -1,13 +1,14 @@
 //! `posada run`: one VM in this process.
 
-use crate::{engine, signals, size, summary};
-use anyhow::anyhow;
+use crate::accel::{self, Accelerator};
+use crate::{signals, size, summary};
 use clap::{Args, ValueEnum};
 use posada_engine::cpu::{Baseline, CpuModel};
 use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
-use posada_vmm::vm::{self, Config, DiskConfig, MakeEngine};
+use posada_vmm::vm::{self, Config, DiskConfig};
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -80,8 +81,8 @@ pub struct Arguments {
     #[arg(long, value_name = "ADDRESS")]
     gdb: Option<Address>,
 
-    /// How guest code runs
-    #[arg(long, value_enum, default_value_t = Accelerator::Emulate)]
+    /// How guest code runs; auto measures once what is faster, and posada doctor shows what it found
+    #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
     accel: Accelerator,
 
     /// Have the port 0xf4, through which a test kernel ends the VM with an exit code
@@ -95,14 +96,6 @@ pub struct Arguments {
     /// At the end write what the run has cost to this file, as JSON
     #[arg(long, value_name = "PATH")]
     summary: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Accelerator {
-    /// The host's KVM
-    Kvm,
-    /// The software CPU
-    Emulate,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -162,13 +155,8 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     } else {
         "console=ttyS0"
     };
-    let offer = match arguments.accel {
-        Accelerator::Kvm => posada_kvm::Kvm::offer()?,
-        Accelerator::Emulate => posada_x86::Emulator::offer(),
-    };
-    let model = CpuModel::new(&offer, arguments.cpus, arguments.cpu_model.baseline()).map_err(|feature| {
-        anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host")
-    })?;
+    let chosen = accel::choose(arguments.accel)?;
+    let model = chosen.model(arguments.cpus, arguments.cpu_model.baseline())?;
     let config = Config {
         kernel: arguments.kernel.clone(),
         initramfs: arguments.initramfs.clone(),
@@ -185,11 +173,15 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let control = Control::new();
     signals::end_on_signals(control.clone())?;
     let begin = Instant::now();
-    let make_engine: MakeEngine<'_> = match arguments.accel {
-        Accelerator::Kvm => &engine::kvm,
-        Accelerator::Emulate => &engine::emulate,
+    // Bad input has been told by the time that an engine is made: the notice does not stand before an error.
+    let notice = Cell::new(chosen.notice);
+    let make_engine = |ram, model: &CpuModel| {
+        if let Some(notice) = notice.take() {
+            eprintln!("posada: {notice}");
+        }
+        chosen.kind.make(ram, model)
     };
-    let report = vm::run(&config, make_engine, &control)?;
+    let report = vm::run(&config, &make_engine, &control)?;
     let (code, reason) = explain(&report.ending);
     if let Some(path) = &arguments.summary {
         summary::write(path, &report, reason, begin.elapsed())?;
