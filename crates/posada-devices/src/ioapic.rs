@@ -5,7 +5,9 @@
 //! spurious interrupt costs a driver one look, a lost one hangs it.
 
 use crate::bus::{MmioDevice, get_le, put_le};
+use crate::state::StateError;
 use posada_engine::{Msi, MsiSink};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
 /// Lines of one I/O APIC.
@@ -18,6 +20,8 @@ const IOWIN: u64 = 0x10;
 const EOI: u64 = 0x40;
 const VERSION: u32 = 0x20 | (PINS as u32 - 1) << 16;
 
+/// The identification register's bits.
+const ID: u32 = 0x0f00_0000;
 const DELIVERY_MODE: u64 = 7 << 8;
 const DELIVERY_STATUS: u64 = 1 << 12;
 const REMOTE_IRR: u64 = 1 << 14;
@@ -47,12 +51,44 @@ struct Pin {
     edge: bool,
 }
 
+/// A pin as saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PinState {
+    /// The redirection table entry, with remote IRR.
+    pub entry: u64,
+    /// A device asserts the line.
+    pub asserted: bool,
+    /// An edge that has not been delivered, as the pin is masked.
+    pub edge: bool,
+}
+
+/// The I/O APIC's registers.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoApicState {
+    /// Identification register.
+    pub id: u32,
+    /// Index of the register that is shown.
+    pub select: u8,
+    /// The pins in order.
+    pub pins: Vec<PinState>,
+}
+
 impl Pin {
+    /// What the pin sends, unless it is masked.
+    fn message(&self) -> Option<Msi> {
+        let destination = self.entry >> 56;
+        let logical = self.entry >> 11 & 1;
+        let level = self.entry & LEVEL_TRIGGERED;
+        (self.entry & MASKED == 0).then_some(Msi {
+            address: 0xfee0_0000 | destination << 12 | logical << 2,
+            // Vector and delivery mode lie alike in both; bit 14 is "assert".
+            data: (self.entry & (0xff | DELIVERY_MODE) | 1 << 14 | level) as u32,
+        })
+    }
+
     /// The message to send now, if any.
     fn service(&mut self) -> Option<Msi> {
-        if self.entry & MASKED != 0 {
-            return None;
-        }
+        let message = self.message()?;
         // Only fixed and lowest-priority interrupts have an end that clears the remote IRR.
         if self.entry & LEVEL_TRIGGERED != 0 && self.entry & DELIVERY_MODE <= 1 << 8 {
             if !self.asserted || self.entry & REMOTE_IRR != 0 {
@@ -62,14 +98,7 @@ impl Pin {
         } else if !std::mem::take(&mut self.edge) {
             return None;
         }
-        let destination = self.entry >> 56;
-        let logical = self.entry >> 11 & 1;
-        let level = self.entry & LEVEL_TRIGGERED;
-        Some(Msi {
-            address: 0xfee0_0000 | destination << 12 | logical << 2,
-            // Vector and delivery mode lie alike in both; bit 14 is "assert".
-            data: (self.entry & (0xff | DELIVERY_MODE) | 1 << 14 | level) as u32,
-        })
+        Some(message)
     }
 }
 
@@ -92,11 +121,13 @@ impl State {
         }
     }
 
-    fn set_register(&mut self, value: u32) -> Option<Msi> {
+    fn set_register(&mut self, value: u32, sink: &dyn MsiSink) -> Option<Msi> {
         match self.select {
-            0 => self.id = value & 0x0f00_0000,
+            0 => self.id = value & ID,
             select @ 0x10..=0x3f => {
-                let pin = &mut self.pins[usize::from(select - 0x10) / 2];
+                let index = usize::from(select - 0x10) / 2;
+                let pin = &mut self.pins[index];
+                let before = pin.message();
                 let shift = u32::from(select & 1) * 32;
                 let writable = WRITABLE & 0xffff_ffff << shift;
                 pin.entry = pin.entry & !writable | u64::from(value) << shift & writable;
@@ -105,6 +136,9 @@ impl State {
                     pin.entry &= !REMOTE_IRR;
                 } else {
                     pin.edge = false;
+                }
+                if pin.message() != before {
+                    sink.route_pin(index as u8, pin.message());
                 }
                 return pin.service();
             }
@@ -117,7 +151,7 @@ impl State {
 /// The I/O APIC. Lives on the MMIO bus; its lines are handed to devices by [`IoApic::line`].
 pub struct IoApic {
     sink: Arc<dyn MsiSink>,
-    // Never held while the sink is called.
+    // Held while the sink is told of a route, so that the last one stays; never while it is sent an interrupt.
     state: Mutex<State>,
 }
 
@@ -166,6 +200,51 @@ impl IoApic {
         again.into_iter().flatten().for_each(|msi| self.sink.signal_msi(msi));
     }
 
+    /// All registers and lines.
+    pub fn save(&self) -> IoApicState {
+        let state = self.state.lock().unwrap();
+        let pin = |pin: &Pin| PinState {
+            entry: pin.entry,
+            asserted: pin.asserted,
+            edge: pin.edge,
+        };
+        IoApicState {
+            id: state.id,
+            select: state.select,
+            pins: state.pins.iter().map(pin).collect(),
+        }
+    }
+
+    /// Takes saved registers over. Nothing is sent by it: what waits, waits on.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn restore(&self, saved: &IoApicState) -> Result<(), StateError> {
+        if saved.pins.len() != PINS {
+            return Err(StateError::differs("pins", PINS, saved.pins.len()).of("the I/O APIC"));
+        }
+        let impossible = |pin: &PinState| pin.entry & !(WRITABLE | REMOTE_IRR) != 0;
+        if let Some(pin) = saved.pins.iter().position(impossible) {
+            let reason = format!("cannot have the redirection entry {:#x}", saved.pins[pin].entry);
+            return Err(StateError::new(reason).of(format!("pin {pin}")).of("the I/O APIC"));
+        }
+        let mut state = self.state.lock().unwrap();
+        state.id = saved.id & ID;
+        state.select = saved.select;
+        for (index, (pin, saved)) in state.pins.iter_mut().zip(&saved.pins).enumerate() {
+            let before = pin.message();
+            *pin = Pin {
+                entry: saved.entry,
+                asserted: saved.asserted,
+                edge: saved.edge,
+            };
+            if pin.message() != before {
+                self.sink.route_pin(index as u8, pin.message());
+            }
+        }
+        Ok(())
+    }
+
     fn set_level(&self, pin: usize, asserted: bool) {
         let msi = {
             let pin = &mut self.state.lock().unwrap().pins[pin];
@@ -196,7 +275,7 @@ impl MmioDevice for IoApic {
         match offset {
             IOREGSEL => self.state.lock().unwrap().select = value as u8,
             IOWIN => {
-                let msi = self.state.lock().unwrap().set_register(value);
+                let msi = self.state.lock().unwrap().set_register(value, &*self.sink);
                 if let Some(msi) = msi {
                     self.sink.signal_msi(msi);
                 }
@@ -307,6 +386,67 @@ mod tests {
         ioapic.line(9).set_level(true);
         entry(&ioapic, 9, MASKED | 0x42);
         assert_eq!(low(&ioapic, 9), MASKED | 0x42);
+    }
+
+    #[test]
+    fn the_sink_knows_every_pins_message_and_hears_no_other() {
+        let sink = Sink::new();
+        let ioapic = IoApic::new(sink.clone());
+        let mut random = Random::new(12);
+        for _ in 0..20_000 {
+            let pin = random.below(24);
+            match random.below(4) {
+                0 => entry(&ioapic, pin, random.next() & WRITABLE),
+                1 => ioapic.end_of_interrupt(random.next() as u8),
+                _ => ioapic.line(pin as usize).set_level(random.below(2) == 0),
+            }
+            let routes = *sink.routes.lock().unwrap();
+            for sent in sink.take() {
+                assert!(routes.contains(&Some(sent)), "{sent:x?}");
+            }
+            assert_eq!(routes[pin as usize].is_none(), low(&ioapic, pin) & MASKED != 0);
+        }
+    }
+
+    #[test]
+    fn what_waits_is_saved_and_sends_nothing_before_its_time() {
+        let first = IoApic::new(Sink::new());
+        entry(&first, 9, LEVEL_TRIGGERED | 0x42);
+        first.line(9).set_level(true);
+        entry(&first, 4, MASKED | 0x31);
+        first.line(4).pulse();
+        let state = serde_json::from_str(&serde_json::to_string(&first.save()).unwrap()).unwrap();
+        let sink = Sink::new();
+        let second = IoApic::new(sink.clone());
+        second.restore(&state).unwrap();
+        assert_eq!((sink.take(), second.save()), (vec![], state));
+        assert_eq!(sink.routes.lock().unwrap()[9].unwrap().data, 0xc042);
+        second.end_of_interrupt(0x42);
+        assert_eq!(sink.take()[0].data, 0xc042);
+        entry(&second, 4, 0x31);
+        assert_eq!(sink.take()[0].data, 0x4031);
+    }
+
+    #[test]
+    fn damaged_states_are_refused_or_harmless() {
+        let ioapic = IoApic::new(Sink::new());
+        let good = serde_json::to_value(ioapic.save()).unwrap();
+        let mut random = Random::new(13);
+        let mut refused = 0;
+        for _ in 0..5000 {
+            let mut value = good.clone();
+            crate::testing::damage(&mut value, &mut random);
+            match serde_json::from_value(value).map(|state| ioapic.restore(&state)) {
+                Ok(Ok(())) => entry(&ioapic, random.below(24), random.next()),
+                Ok(Err(_)) => refused += 1,
+                Err(_) => {}
+            }
+        }
+        assert!(refused > 100, "{refused}");
+        let mut state = ioapic.save();
+        state.pins.pop();
+        let error = ioapic.restore(&state).unwrap_err().to_string();
+        assert_eq!(error, "the I/O APIC has 24 pins, the snapshot's has 23");
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! #     sink: std::sync::Arc<dyn posada_engine::MsiSink>,
 //! #     ram: std::sync::Arc<posada_memory::GuestRam>,
 //! # ) -> Result<(), Box<dyn std::error::Error>> {
-//! use posada_devices::{bus::*, ioapic, pci, power, serial, virtio};
+//! use posada_devices::{bell, bus::*, ioapic, pci, power, serial, virtio};
 //! use std::sync::Arc;
 //!
 //! let (mut ports, mut mmio) = (PortBus::new(), MmioBus::new());
@@ -29,7 +29,7 @@
 //!
 //! let disk = virtio::blk::open_disk("disk.img".as_ref(), false)?;
 //! let blk = virtio::blk::Blk::new(disk, "disk0");
-//! root.add(virtio::VirtioPci::new(blk, ram, sink))?;
+//! root.add(virtio::VirtioPci::new(blk, ram, sink, Arc::new(bell::NoDoorbells))?)?;
 //!
 //! com1.input(b"root\n");
 //! # Ok(())
@@ -37,14 +37,17 @@
 //! ```
 
 pub mod acpi;
+pub mod bell;
 pub mod bus;
 pub mod debug_exit;
+mod event;
 pub mod ioapic;
 pub mod msix;
 pub mod pci;
 pub mod power;
 pub mod rtc;
 pub mod serial;
+pub mod state;
 #[cfg(test)]
 mod testing;
 pub mod virtio;

@@ -1,7 +1,9 @@
 //! MSI-X (PCI 3.0 section 6.8.2): a function's interrupt vectors as messages, with masks per vector and per function.
 
 use crate::bus::get_le;
-use posada_engine::{Msi, MsiSink};
+use crate::state::StateError;
+use posada_engine::{Msi, MsiLine, MsiSink};
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
 
 /// Capability id.
@@ -16,10 +18,30 @@ const FUNCTION_MASK: u16 = 1 << 14;
 /// Where the vector control word's mask bit lies in an entry.
 const VECTOR_CONTROL: usize = 12;
 
+/// A table entry, and whether its message waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VectorState {
+    /// Message address.
+    pub address: u64,
+    /// Message data.
+    pub data: u32,
+    /// Vector control: bit 0 masks.
+    pub control: u32,
+    /// An interrupt came while it was masked.
+    pub pending: bool,
+}
+
+/// The vectors of a function. Enable and function mask are in its configuration space.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MsixState(Vec<VectorState>);
+
 struct State {
     control: u16,
     table: Vec<[u8; ENTRY as usize]>,
     pending: Vec<u64>,
+    /// What each vector's line sends.
+    told: Vec<Option<Msi>>,
 }
 
 impl State {
@@ -35,26 +57,34 @@ impl State {
         }
     }
 
-    /// Takes the messages that are pending and no longer masked.
-    fn release(&mut self) -> Vec<Msi> {
-        let mut messages = Vec::new();
-        if self.control & ENABLE != 0 && self.pending.iter().any(|word| *word != 0) {
-            for vector in 0..self.table.len() {
+    /// Tells the lines of vectors that may send what they send, and takes those of them that have waited for that.
+    fn settle(&mut self, lines: &[Box<dyn MsiLine>]) -> Vec<usize> {
+        let mut released = Vec::new();
+        if self.control & ENABLE != 0 {
+            for (vector, line) in lines.iter().enumerate() {
+                if self.masked(vector) {
+                    continue;
+                }
+                let message = self.message(vector);
+                if self.told[vector] != Some(message) {
+                    self.told[vector] = Some(message);
+                    line.set(message);
+                }
                 let (word, bit) = (vector / 64, 1 << (vector % 64));
-                if self.pending[word] & bit != 0 && !self.masked(vector) {
+                if self.pending[word] & bit != 0 {
                     self.pending[word] &= !bit;
-                    messages.push(self.message(vector));
+                    released.push(vector);
                 }
             }
         }
-        messages
+        released
     }
 }
 
 /// The vectors of one function: table, pending bits and masks.
 pub struct Msix {
-    sink: Arc<dyn MsiSink>,
-    // Never held while the sink is called.
+    lines: Vec<Box<dyn MsiLine>>,
+    // Held while a line is told its message, so that the last one stays; never while a line sends.
     state: Mutex<State>,
 }
 
@@ -65,18 +95,19 @@ impl Msix {
         let mut entry = [0; ENTRY as usize];
         entry[VECTOR_CONTROL] = 1;
         Self {
-            sink,
+            lines: (0..count).map(|_| Arc::clone(&sink).connect()).collect(),
             state: Mutex::new(State {
                 control: 0,
                 table: vec![entry; count],
                 pending: vec![0; count.div_ceil(64)],
+                told: vec![None; count],
             }),
         }
     }
 
     /// Number of vectors.
     pub fn vectors(&self) -> u16 {
-        self.state.lock().unwrap().table.len() as u16
+        self.lines.len() as u16
     }
 
     /// The capability's body behind id and link, for a table and a pending bit array in `bar`, and which bits of it a
@@ -93,18 +124,18 @@ impl Msix {
 
     /// The driver wrote the message control word.
     pub fn set_control(&self, control: u16) {
-        let messages = {
+        let released = {
             let mut state = self.state.lock().unwrap();
             state.control = control;
-            state.release()
+            state.settle(&self.lines)
         };
-        self.send(messages);
+        self.send(&released);
     }
 
     /// Raises `vector`. Lost while MSI-X is off, kept while masked; a vector that does not exist is ignored.
     pub fn signal(&self, vector: u16) {
         let vector = usize::from(vector);
-        let message = {
+        {
             let mut state = self.state.lock().unwrap();
             if vector >= state.table.len() || state.control & ENABLE == 0 {
                 return;
@@ -113,9 +144,8 @@ impl Msix {
                 state.pending[vector / 64] |= 1 << (vector % 64);
                 return;
             }
-            state.message(vector)
-        };
-        self.sink.signal_msi(message);
+        }
+        self.lines[vector].signal();
     }
 
     /// A load from the table.
@@ -129,16 +159,16 @@ impl Msix {
 
     /// A store to the table.
     pub fn table_write(&self, offset: u64, data: &[u8]) {
-        let messages = {
+        let released = {
             let mut state = self.state.lock().unwrap();
             for (byte, at) in data.iter().zip(offset..) {
                 if let Some(entry) = state.table.get_mut((at / ENTRY) as usize) {
                     entry[(at % ENTRY) as usize] = *byte;
                 }
             }
-            state.release()
+            state.settle(&self.lines)
         };
-        self.send(messages);
+        self.send(&released);
     }
 
     /// A load from the pending bit array. Stores there have no effect.
@@ -150,8 +180,48 @@ impl Msix {
         }
     }
 
-    fn send(&self, messages: Vec<Msi>) {
-        messages.into_iter().for_each(|message| self.sink.signal_msi(message));
+    /// Table and pending bits.
+    pub fn save(&self) -> MsixState {
+        let state = self.state.lock().unwrap();
+        let vector = |(index, entry): (usize, &[u8; ENTRY as usize])| VectorState {
+            address: get_le(&entry[..8]),
+            data: get_le(&entry[8..12]) as u32,
+            control: get_le(&entry[12..]) as u32,
+            pending: state.pending[index / 64] >> (index % 64) & 1 != 0,
+        };
+        MsixState(state.table.iter().enumerate().map(vector).collect())
+    }
+
+    /// Takes a saved table over, under the message control word `control`. Nothing is sent by it: what waits, waits on.
+    ///
+    /// # Errors
+    /// [`StateError`] if there are not as many vectors.
+    pub fn restore(&self, saved: &MsixState, control: u16) -> Result<(), StateError> {
+        if saved.0.len() != self.lines.len() {
+            return Err(StateError::differs(
+                "interrupt vectors",
+                self.lines.len(),
+                saved.0.len(),
+            ));
+        }
+        let mut state = self.state.lock().unwrap();
+        state.control = control;
+        state.pending.fill(0);
+        for (entry, vector) in state.table.iter_mut().zip(&saved.0) {
+            entry[..8].copy_from_slice(&vector.address.to_le_bytes());
+            entry[8..12].copy_from_slice(&vector.data.to_le_bytes());
+            entry[12..].copy_from_slice(&vector.control.to_le_bytes());
+        }
+        // With nothing pending yet this only tells the lines.
+        state.settle(&self.lines);
+        for (index, vector) in saved.0.iter().enumerate() {
+            state.pending[index / 64] |= u64::from(vector.pending) << (index % 64);
+        }
+        Ok(())
+    }
+
+    fn send(&self, vectors: &[usize]) {
+        vectors.iter().for_each(|vector| self.lines[*vector].signal());
     }
 }
 
@@ -207,6 +277,72 @@ mod tests {
         assert_eq!(sink.take(), []);
         msix.set_control(ENABLE);
         assert_eq!(sink.take().iter().map(|msi| msi.data).collect::<Vec<_>>(), [0x50, 0x51]);
+    }
+
+    /// MSI-X as the specification has it, one message at a time.
+    #[derive(Clone, Copy)]
+    struct Model {
+        entries: [(Msi, bool, bool); 3],
+        control: u16,
+    }
+
+    impl Model {
+        fn sendable(&mut self) -> Vec<Msi> {
+            let on = self.control & (ENABLE | FUNCTION_MASK) == ENABLE;
+            let send = |(message, masked, pending): &mut (Msi, bool, bool)| {
+                (on && !*masked && std::mem::take(pending)).then_some(*message)
+            };
+            self.entries.iter_mut().filter_map(send).collect()
+        }
+    }
+
+    #[test]
+    fn random_sequences_send_what_the_specification_says() {
+        let mut random = Random::new(11);
+        let sink = Sink::new();
+        let msix = Msix::new(sink.clone(), 3);
+        let nothing = Msi { address: 0, data: 0 };
+        let mut model = Model {
+            entries: [(nothing, true, false); 3],
+            control: 0,
+        };
+        for step in 0..20_000 {
+            let index = random.below(3) as usize;
+            let value = random.below(1 << 32);
+            let at = index as u64 * ENTRY;
+            let mut expected = Vec::new();
+            let (message, masked, pending) = &mut model.entries[index];
+            match random.below(6) {
+                0 => {
+                    message.address = value;
+                    msix.table_write(at, &value.to_le_bytes());
+                }
+                1 => {
+                    message.data = value as u32;
+                    msix.table_write(at + 8, &(value as u32).to_le_bytes());
+                }
+                2 => {
+                    *masked = value & 1 != 0;
+                    msix.table_write(at + 12, &(value as u32).to_le_bytes());
+                }
+                3 => {
+                    model.control = value as u16 & CONTROL_WRITABLE;
+                    msix.set_control(model.control);
+                }
+                _ => {
+                    if model.control & ENABLE != 0 {
+                        if *masked || model.control & FUNCTION_MASK != 0 {
+                            *pending = true;
+                        } else {
+                            expected.push(*message);
+                        }
+                    }
+                    msix.signal(index as u16);
+                }
+            }
+            expected.extend(model.sendable());
+            assert_eq!(sink.take(), expected, "step {step}");
+        }
     }
 
     #[test]

@@ -2,6 +2,8 @@
 //! The guest cannot set the time, and there are no alarms: Linux keeps its own time after the first look.
 
 use crate::bus::PortDevice;
+use crate::state::StateError;
+use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -12,7 +14,20 @@ pub const PORTS: u64 = 2;
 
 struct State {
     index: u8,
-    memory: [u8; 128],
+    memory: [u8; MEMORY],
+}
+
+/// Bytes of CMOS memory, the clock's registers included.
+const MEMORY: usize = 128;
+
+/// What a clock keeps; the time is the host's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RtcState {
+    /// The register that the data port shows, 0 to 127.
+    pub index: u8,
+    /// CMOS memory.
+    #[serde(with = "const_hex")]
+    pub memory: [u8; MEMORY],
 }
 
 /// The clock.
@@ -34,7 +49,7 @@ impl Rtc {
         Self {
             state: Mutex::new(State {
                 index: 0,
-                memory: [0; 128],
+                memory: [0; MEMORY],
             }),
             now: || {
                 SystemTime::now()
@@ -42,6 +57,30 @@ impl Rtc {
                     .map_or(0, |time| time.as_secs())
             },
         }
+    }
+
+    /// What it keeps.
+    pub fn save(&self) -> RtcState {
+        let state = self.state.lock().unwrap();
+        RtcState {
+            index: state.index,
+            memory: state.memory,
+        }
+    }
+
+    /// Takes that over.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn restore(&self, saved: &RtcState) -> Result<(), StateError> {
+        if usize::from(saved.index) >= MEMORY {
+            let reason = format!("has no register {:#x}", saved.index);
+            return Err(StateError::new(reason).of("the CMOS clock"));
+        }
+        let mut state = self.state.lock().unwrap();
+        state.index = saved.index;
+        state.memory = saved.memory;
+        Ok(())
     }
 
     fn register(&self, state: &State) -> u8 {
@@ -141,5 +180,23 @@ mod tests {
             rtc.read(1, &mut data);
             assert_eq!(data[0], value, "register {index:#x}");
         }
+    }
+
+    #[test]
+    fn cmos_memory_is_saved_and_its_index_checked() {
+        let rtc = Rtc::new();
+        rtc.write(0, &[0x40]);
+        rtc.write(1, &[0x5a]);
+        let state: RtcState = serde_json::from_str(&serde_json::to_string(&rtc.save()).unwrap()).unwrap();
+        let other = Rtc::new();
+        other.restore(&state).unwrap();
+        let mut data = [0];
+        other.read(1, &mut data);
+        assert_eq!(data, [0x5a]);
+        let bad = RtcState { index: 0x80, ..state };
+        assert_eq!(
+            other.restore(&bad).unwrap_err().to_string(),
+            "the CMOS clock has no register 0x80"
+        );
     }
 }

@@ -3,13 +3,15 @@
 
 use crate::bus::PortDevice;
 use crate::ioapic::IrqLine;
+use crate::state::StateError;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial as Uart};
+use vm_superio::serial::{NoEvents, Serial as Uart, SerialState as Registers};
 
 /// Ports of a UART.
 pub const PORTS: u64 = 8;
@@ -40,6 +42,17 @@ struct Output {
     writer: Box<dyn Write + Send>,
     when: Flush,
     buffer: Vec<u8>,
+}
+
+impl Default for Output {
+    /// Nowhere.
+    fn default() -> Self {
+        Self {
+            writer: Box::new(io::sink()),
+            when: Flush::Line,
+            buffer: Vec::new(),
+        }
+    }
 }
 
 impl Output {
@@ -85,12 +98,41 @@ impl Trigger for Wanted {
     }
 }
 
+/// A port's registers (National Semiconductor PC16550D) and the input on its way to the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SerialState {
+    /// Divisor latch.
+    pub divisor: u16,
+    /// IER.
+    pub interrupt_enable: u8,
+    /// IIR, without the bits that show the FIFOs.
+    pub interrupt_identification: u8,
+    /// LCR.
+    pub line_control: u8,
+    /// LSR.
+    pub line_status: u8,
+    /// MCR.
+    pub modem_control: u8,
+    /// MSR.
+    pub modem_status: u8,
+    /// SCR.
+    pub scratch: u8,
+    /// The receiver's FIFO, up to 64 bytes.
+    #[serde(with = "const_hex")]
+    pub received: Vec<u8>,
+    /// Input that the FIFO had no room for.
+    #[serde(with = "const_hex")]
+    pub waiting: Vec<u8>,
+}
+
 struct State {
     uart: Uart<Wanted, NoEvents, Output>,
     /// Input the FIFO has no room for yet.
     waiting: VecDeque<u8>,
     /// Reads of LSR since any other access.
     polls: u32,
+    /// The machine stands still: input waits.
+    held: bool,
 }
 
 impl State {
@@ -104,7 +146,7 @@ impl State {
     /// port, so input typed before that stays here.
     fn refill(&mut self) {
         let listens = self.uart.state().interrupt_enable & RDI != 0 || self.polls >= POLLING;
-        if !listens || self.waiting.is_empty() || self.uart.fifo_capacity() == 0 {
+        if self.held || !listens || self.waiting.is_empty() || self.uart.fifo_capacity() == 0 {
             return;
         }
         let room = self.uart.fifo_capacity().min(self.waiting.len());
@@ -137,6 +179,7 @@ impl Serial {
                 uart: Uart::new(wanted.clone(), output),
                 waiting: VecDeque::new(),
                 polls: 0,
+                held: false,
             }),
             wanted,
             irq,
@@ -163,6 +206,67 @@ impl Serial {
     /// What the writer says.
     pub fn flush(&self) -> io::Result<()> {
         self.state.lock().unwrap().uart.writer_mut().drain()
+    }
+
+    /// Holds input back, or lets it come, for a machine that stands still.
+    pub fn hold(&self, held: bool) {
+        let mut state = self.state.lock().unwrap();
+        state.held = held;
+        state.refill();
+        self.finish(state);
+    }
+
+    /// Registers and input.
+    pub fn save(&self) -> SerialState {
+        let state = self.state.lock().unwrap();
+        let registers = state.uart.state();
+        SerialState {
+            divisor: u16::from_le_bytes([registers.baud_divisor_low, registers.baud_divisor_high]),
+            interrupt_enable: registers.interrupt_enable,
+            interrupt_identification: registers.interrupt_identification,
+            line_control: registers.line_control,
+            line_status: registers.line_status,
+            modem_control: registers.modem_control,
+            modem_status: registers.modem_status,
+            scratch: registers.scratch,
+            received: registers.in_buffer,
+            waiting: state.waiting.iter().copied().collect(),
+        }
+    }
+
+    /// Takes that over. No interrupt is raised by it: one that the guest has not seen is in the I/O APIC or beyond.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn restore(&self, saved: &SerialState) -> Result<(), StateError> {
+        let mut state = self.state.lock().unwrap();
+        let [baud_divisor_low, baud_divisor_high] = saved.divisor.to_le_bytes();
+        let registers = Registers {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.received.clone(),
+        };
+        let output = std::mem::take(state.uart.writer_mut());
+        let made = Uart::from_state(&registers, self.wanted.clone(), NoEvents, output);
+        self.wanted.0.store(false, Ordering::Relaxed);
+        state.uart = made.map_err(|_| {
+            let reason = format!("cannot have received {} bytes", saved.received.len());
+            StateError::new(reason).of("the serial port")
+        })?;
+        saved
+            .waiting
+            .iter()
+            .rev()
+            .for_each(|byte| state.waiting.push_front(*byte));
+        state.polls = 0;
+        Ok(())
     }
 
     /// Lets go of the lock, then raises the interrupt the UART asked for.
@@ -316,6 +420,69 @@ mod tests {
         assert_eq!(register(&serial, 2) & 0xf, 2);
         serial.write(0, b"x");
         assert_eq!(irq.0.load(Ordering::Relaxed), 2);
+    }
+
+    #[test]
+    fn registers_and_unread_input_are_saved() {
+        let irq = Arc::new(Edges::default());
+        let made = || Serial::new(irq.clone(), Box::new(io::sink()), Flush::Byte);
+        let first = made();
+        let input: Vec<u8> = (0..200).collect();
+        first.write(7, &[0x77]);
+        first.write(IER, &[RDI]);
+        first.input(&input[..150]);
+        assert_eq!(register(&first, 0), 0);
+        let state = serde_json::from_str(&serde_json::to_string(&first.save()).unwrap()).unwrap();
+        let second = made();
+        second.input(&input[150..]);
+        irq.0.store(0, Ordering::Relaxed);
+        second.restore(&state).unwrap();
+        assert_eq!(irq.0.load(Ordering::Relaxed), 0, "the guest has had that interrupt");
+        assert_eq!(register(&second, 7), 0x77);
+        let mut got = vec![0];
+        while register(&second, LSR) & DATA_READY != 0 {
+            got.push(register(&second, 0));
+        }
+        assert_eq!(got, input);
+    }
+
+    #[test]
+    fn held_input_comes_later() {
+        let irq = Arc::new(Edges::default());
+        let serial = Serial::new(irq.clone(), Box::new(io::sink()), Flush::Byte);
+        serial.write(IER, &[RDI]);
+        serial.hold(true);
+        serial.input(b"x");
+        let state = serial.save();
+        assert_eq!((irq.0.load(Ordering::Relaxed), state.line_status & DATA_READY), (0, 0));
+        serial.hold(false);
+        assert_eq!(irq.0.load(Ordering::Relaxed), 1);
+        assert_eq!(register(&serial, 0), b'x');
+    }
+
+    #[test]
+    fn damaged_states_are_refused_or_harmless() {
+        let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Byte);
+        serial.write(IER, &[RDI]);
+        serial.input(&[7; 100]);
+        let good = serde_json::to_value(serial.save()).unwrap();
+        let mut random = Random::new(14);
+        for _ in 0..5000 {
+            let mut value = good.clone();
+            crate::testing::damage(&mut value, &mut random);
+            let serial = Serial::new(Arc::new(Edges::default()), Box::new(io::sink()), Flush::Byte);
+            if let Ok(Ok(())) = serde_json::from_value(value).map(|state| serial.restore(&state)) {
+                for at in 0..8 {
+                    register(&serial, at);
+                    serial.write(at, &[random.next() as u8]);
+                }
+                serial.input(b"more");
+            }
+        }
+        let mut state = serial.save();
+        state.received.push(0);
+        let error = serial.restore(&state).unwrap_err().to_string();
+        assert_eq!(error, "the serial port cannot have received 65 bytes");
     }
 
     #[test]

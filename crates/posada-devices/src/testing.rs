@@ -1,13 +1,15 @@
-//! What the unit tests share: an interrupt sink that remembers, and random numbers with a fixed seed.
+//! What the unit tests share: an interrupt sink that remembers, random numbers with a fixed seed, and damage.
 
 use posada_engine::{Msi, MsiLine, MsiSink, PlainLine};
+use serde_json::Value;
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-/// Remembers the interrupts.
+/// Remembers the interrupts, and what it was told of the I/O APIC's pins.
 #[derive(Default)]
 pub struct Sink {
     seen: Mutex<Vec<Msi>>,
+    pub routes: Mutex<[Option<Msi>; 24]>,
     changed: Condvar,
 }
 
@@ -49,7 +51,50 @@ impl MsiSink for Sink {
         Box::new(PlainLine::new(self))
     }
 
-    fn route_pin(&self, _pin: u8, _msi: Option<Msi>) {}
+    fn route_pin(&self, pin: u8, msi: Option<Msi>) {
+        self.routes.lock().unwrap()[usize::from(pin)] = msi;
+    }
+}
+
+/// Damages one random leaf or list of a saved state, as a file could be.
+pub fn damage(value: &mut Value, random: &mut Random) {
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            let at = random.below(fields.len() as u64) as usize;
+            damage(fields.values_mut().nth(at).unwrap(), random);
+        }
+        Value::Array(items) if items.is_empty() || random.below(8) == 0 => {
+            if let (Some(item), 0) = (items.pop(), random.below(2)) {
+                items.extend([item.clone(), item]);
+            }
+        }
+        Value::Array(items) => {
+            let at = random.below(items.len() as u64) as usize;
+            damage(&mut items[at], random);
+        }
+        Value::Number(number) => {
+            let number = number.as_u64().unwrap_or(0);
+            let bits = [8, 16, 32, 64][random.below(4) as usize];
+            *value = match random.below(4) {
+                0 => 0.into(),
+                1 => (u64::MAX >> (64 - bits)).into(),
+                2 => (random.next() >> (64 - bits)).into(),
+                _ => (number ^ 1 << random.below(bits)).into(),
+            };
+        }
+        Value::String(text) => {
+            let digit = char::from_digit(random.below(16) as u32, 16).unwrap();
+            let at = random.below(text.len() as u64 + 1) as usize;
+            match (random.below(8), text.is_char_boundary(at) && at < text.len()) {
+                (0, _) => text.clear(),
+                (1, _) => text.extend([digit, digit]),
+                (_, true) => text.replace_range(at..=at, &digit.to_string()),
+                _ => {}
+            }
+        }
+        Value::Bool(on) => *on = !*on,
+        _ => *value = 1.into(),
+    }
 }
 
 /// xorshift64*.

@@ -1,7 +1,9 @@
 //! The portable CPU state: what a VM's processor is between two instructions, whatever engine runs it.
 
+use serde::de::{Deserializer, Error};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::ops::RangeBounds;
 
 /// A segment register with its hidden part (Intel SDM 3A, section 3.4.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -30,7 +32,7 @@ pub struct DescriptorTable {
 /// legacy region (FXSAVE64 layout), header, components. 576 bytes at least.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Xsave(#[serde(with = "const_hex")] Vec<u8>);
+pub struct Xsave(#[serde(serialize_with = "const_hex::serialize", deserialize_with = "area")] Vec<u8>);
 
 impl Xsave {
     /// Bytes of the legacy region.
@@ -81,10 +83,11 @@ impl Xsave {
 
 /// A local APIC's registers: the page of 1 KiB that the memory-mapped APIC shows (Intel SDM 3A, table 11-1), each register
 /// in the first 4 of 16 bytes. In x2APIC mode the ID register holds all 32 bits, and ICR2 the upper half of the ICR. The
-/// timer's current count is what was left of it at the moment of the state.
+/// timer's current count is what was left of it at the moment of the state. Register 290h, which is reserved, has what one
+/// engine wants to tell itself; others leave it alone.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct ApicPage(#[serde(with = "const_hex")] Vec<u8>);
+pub struct ApicPage(#[serde(serialize_with = "const_hex::serialize", deserialize_with = "page")] Vec<u8>);
 
 impl ApicPage {
     /// Bytes.
@@ -124,6 +127,22 @@ impl ApicPage {
     pub fn set(&mut self, offset: usize, value: u32) {
         self.0[offset..][..4].copy_from_slice(&value.to_le_bytes());
     }
+}
+
+fn bytes<'de, D: Deserializer<'de>>(deserializer: D, lengths: impl RangeBounds<usize>) -> Result<Vec<u8>, D::Error> {
+    let bytes: Vec<u8> = const_hex::deserialize(deserializer)?;
+    if lengths.contains(&bytes.len()) {
+        return Ok(bytes);
+    }
+    Err(D::Error::invalid_length(bytes.len(), &"as many bytes as a processor's"))
+}
+
+fn area<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    bytes(deserializer, Xsave::HEADER_END..)
+}
+
+fn page<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<u8>, D::Error> {
+    bytes(deserializer, ApicPage::SIZE..=ApicPage::SIZE)
 }
 
 /// Whether a processor executes.
@@ -268,5 +287,23 @@ impl CpuState {
             activity: Activity::Running,
             events: Events::default(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn areas_and_pages_survive_their_encoding_and_have_their_length() {
+        let (area, page) = (Xsave::reset(), ApicPage::reset(3));
+        let (as_text, page_text) = (
+            serde_json::to_string(&area).unwrap(),
+            serde_json::to_string(&page).unwrap(),
+        );
+        assert_eq!(serde_json::from_str::<Xsave>(&as_text).unwrap(), area);
+        assert_eq!(serde_json::from_str::<ApicPage>(&page_text).unwrap(), page);
+        assert!(serde_json::from_str::<Xsave>(r#""0x00ff""#).is_err());
+        assert!(serde_json::from_str::<ApicPage>(&as_text).is_err());
     }
 }

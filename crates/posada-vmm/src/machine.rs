@@ -1,21 +1,30 @@
 //! The machine around the processors: which devices there are and where. Built anew for every life of a VM.
 //!
-//! To add a device, make it here and put it on a bus; a PCI device needs one [`PciRoot::add`].
+//! To add a device, make it here and put it on a bus; a PCI device needs one [`PciRoot::add`]. What a guest can tell of it
+//! later is its state, and has a place in [`MachineState`].
+
+mod state;
+
+pub use state::{MachineState, STATE_VERSION};
 
 use crate::control::{Control, Ending};
 use crate::layout;
+use posada_devices::bell::Doorbells;
 use posada_devices::bus::{MmioBus, PortBus, RangeError};
+use posada_devices::ioapic::IoApic;
 use posada_devices::pci::{Ecam, PciPorts, PciRoot, PciWindow};
 use posada_devices::power::{AcpiPower, KeyboardReset, PowerEvent, PowerSink};
+use posada_devices::rtc::Rtc;
 use posada_devices::serial::{Flush, Serial};
 use posada_devices::virtio::blk::{Blk, BlkDisk};
 use posada_devices::virtio::console::Console;
 use posada_devices::virtio::rng::Rng;
 use posada_devices::virtio::{VirtioDevice, VirtioPci};
 use posada_devices::{acpi, debug_exit, ioapic, pci, power, rtc, serial};
-use posada_engine::MsiSink;
+use posada_engine::{Doorbell, Engine};
 use posada_memory::GuestRam;
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -40,8 +49,6 @@ pub enum Error {
 
 /// What differs from machine to machine.
 pub struct Parts<'a> {
-    /// Number of vCPUs.
-    pub cpus: u32,
     /// Disks, in the order of their slots.
     pub disks: &'a [BlkDisk],
     /// Where COM1 prints, and when.
@@ -56,34 +63,60 @@ pub struct Parts<'a> {
 pub struct Machine {
     ports: PortBus,
     mmio: MmioBus,
-    ioapic: Arc<ioapic::IoApic>,
+    ioapic: Arc<IoApic>,
+    rtc: Arc<Rtc>,
+    root: Arc<PciRoot>,
+    disks: Vec<Disk>,
+    rng: Arc<VirtioPci>,
+    virtio_console: Option<Arc<VirtioPci>>,
     /// COM1.
     pub com1: Arc<Serial>,
     /// The virtio console.
     pub console: Option<Arc<Console>>,
 }
 
+/// A disk and the PCI function in front of it.
+struct Disk {
+    device: Arc<Blk>,
+    function: Arc<VirtioPci>,
+}
+
+/// The engine's doorbells.
+struct Bells(Arc<dyn Engine>);
+
+impl Doorbells for Bells {
+    fn attach(&self, bell: Doorbell, event: BorrowedFd<'_>) -> Result<bool, posada_engine::Error> {
+        self.0.attach_doorbell(bell, event)
+    }
+
+    fn detach(&self, bell: Doorbell, event: BorrowedFd<'_>) {
+        self.0.detach_doorbell(bell, event);
+    }
+}
+
 impl Machine {
-    /// Builds the devices and puts the ACPI tables into `ram`. Interrupts go to `sink`, the guest's endings to `control`.
+    /// Builds the devices. Interrupts go to `engine`, the guest's endings to `control`.
     ///
     /// # Errors
     /// [`Error`].
     pub fn new(
         parts: Parts<'_>,
         ram: &Arc<GuestRam>,
-        sink: &Arc<dyn MsiSink>,
+        engine: &Arc<dyn Engine>,
         control: &Arc<Control>,
     ) -> Result<Self, Error> {
         let power = power_sink(control);
+        let sink = engine.msi_sink();
         let (mut ports, mut mmio) = (PortBus::new(), MmioBus::new());
 
-        let ioapic = ioapic::IoApic::new(Arc::clone(sink));
+        let ioapic = IoApic::new(Arc::clone(&sink));
         mmio.insert(layout::IOAPIC..layout::IOAPIC + ioapic::SIZE, ioapic.clone())?;
         let (writer, flush) = parts.com1;
         let com1 = Serial::new(ioapic.line(layout::COM1_LINE), writer, flush);
         let mut port = |first: u64, count, device| ports.insert(first..first + count, device);
         port(layout::COM1_PORT.into(), serial::PORTS, com1.clone())?;
-        port(rtc::PORT, rtc::PORTS, Arc::new(rtc::Rtc::new()))?;
+        let rtc = Arc::new(Rtc::new());
+        port(rtc::PORT, rtc::PORTS, rtc.clone())?;
         port(power::KEYBOARD_PORT, 1, Arc::new(KeyboardReset::new(power.clone())))?;
         let acpi_power = Arc::new(AcpiPower::new(power.clone()));
         port(layout::POWER_PORT.into(), power::ACPI_PORTS, acpi_power)?;
@@ -100,28 +133,43 @@ impl Machine {
             base: layout::PCI_WINDOW.start,
         };
         mmio.insert(layout::PCI_WINDOW, Arc::new(window))?;
-        let add = |device: Arc<dyn VirtioDevice>| root.add(VirtioPci::new(device, Arc::clone(ram), Arc::clone(sink)));
+        let bells: Arc<dyn Doorbells> = Arc::new(Bells(Arc::clone(engine)));
+        let add = |device: Arc<dyn VirtioDevice>| -> Result<Arc<VirtioPci>, Error> {
+            let what = "virtio device";
+            let function = VirtioPci::new(device, Arc::clone(ram), Arc::clone(&sink), Arc::clone(&bells))
+                .map_err(|source| Error::Host { what, source })?;
+            root.add(function.clone())?;
+            Ok(function)
+        };
+        let mut disks = Vec::new();
         for (index, disk) in parts.disks.iter().enumerate() {
             let disk = disk
                 .try_clone()
                 .map_err(|source| Error::Host { what: "disk", source })?;
-            add(Blk::new(disk, &format!("disk{index}")))?;
+            let device = Blk::new(disk, &format!("disk{index}"));
+            let function = add(device.clone())?;
+            disks.push(Disk { device, function });
         }
         let rng = Rng::new().map_err(|source| Error::Host {
             what: "random numbers",
             source,
         })?;
-        add(Arc::new(rng))?;
+        let rng = add(Arc::new(rng))?;
         let console = parts.virtio_console.map(|output| Console::new(output, None));
-        if let Some(console) = &console {
-            add(console.clone())?;
-        }
+        let virtio_console = match &console {
+            Some(console) => Some(add(console.clone())?),
+            None => None,
+        };
 
-        put_firmware(ram, parts.cpus)?;
         Ok(Self {
             ports,
             mmio,
             ioapic,
+            rtc,
+            root,
+            disks,
+            rng,
+            virtio_console,
             com1,
             console,
         })
@@ -139,8 +187,12 @@ fn power_sink(control: &Arc<Control>) -> PowerSink {
     })
 }
 
-/// What a guest finds of a firmware: the ACPI tables, and the way to a reset that Linux takes when it has no EFI.
-fn put_firmware(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
+/// Puts into `ram` what a guest finds of a firmware: the ACPI tables, and the way to a reset that Linux takes when it has no
+/// EFI.
+///
+/// # Errors
+/// [`Error::Host`] when `ram` ends below 1 MiB.
+pub(crate) fn put_firmware(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
     let window = layout::PCI_WINDOW;
     let tables = acpi::build(
         cpus,

@@ -1,4 +1,7 @@
 //! Time: the host's time stamp counter (TSC) is the clock of everything that a guest can measure.
+//!
+//! What nobody but this host sees (deadlines, alarms) is in host TSC ticks. A guest that began on a host of another frequency
+//! keeps the frequency that it knows: [`Rate`] leads from one to the other.
 
 use crate::core::Core;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
@@ -15,7 +18,7 @@ pub fn host_tsc() -> u64 {
     unsafe { _rdtsc() }
 }
 
-/// The frequency of the host's TSC, and so of the guest's, in kHz.
+/// The frequency of the host's TSC in kHz.
 pub fn tsc_khz() -> u64 {
     static KHZ: OnceLock<u64> = OnceLock::new();
     *KHZ.get_or_init(|| stated().unwrap_or_else(|| measured(Duration::from_millis(15))))
@@ -89,11 +92,74 @@ pub(crate) fn real_time_ns() -> u64 {
         .map_or(0, |time| time.as_nanos() as u64)
 }
 
+/// Frequencies closer than this (parts per million) are one: no two measurements of a counter agree better, and no clock is
+/// set right oftener (KVM's tolerance).
+const TOLERANCE_PPM: u64 = 250;
+/// Bits after the point of [`Rate::ratio`].
+const FRACTION: u32 = 48;
+
+/// How fast the guest's TSC runs, beside the host's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// Its true frequency in kHz.
+    khz: u64,
+    /// Guest ticks a host tick, with [`FRACTION`] bits after the point; 0 if both frequencies are the same.
+    ratio: u64,
+}
+
+impl Rate {
+    /// For a guest that was told of `khz`, at most 2^15 times the host's frequency and not 0.
+    pub fn new(khz: u64) -> Self {
+        Self::between(khz, tsc_khz())
+    }
+
+    fn between(khz: u64, host: u64) -> Self {
+        if khz.abs_diff(host) <= host * TOLERANCE_PPM / 1_000_000 {
+            return Self { khz: host, ratio: 0 };
+        }
+        let ratio = (u128::from(khz) << FRACTION) / u128::from(host);
+        Self {
+            khz,
+            ratio: u64::try_from(ratio).expect("frequencies of processors are not that far apart"),
+        }
+    }
+
+    /// The guest counter's frequency in kHz, as it truly is.
+    pub fn khz(self) -> u64 {
+        self.khz
+    }
+
+    /// The host's TSC at the guest's rate.
+    #[inline(always)]
+    pub fn guest(self, host: u64) -> u64 {
+        if self.ratio == 0 { host } else { self.scaled(host) }
+    }
+
+    fn scaled(self, host: u64) -> u64 {
+        (u128::from(host) * u128::from(self.ratio) >> FRACTION) as u64
+    }
+
+    /// A span of guest ticks in host ticks, rounded up, so that a wait is never too short.
+    pub fn host_span(self, guest: u64) -> u64 {
+        if self.ratio == 0 {
+            return guest;
+        }
+        let span = (u128::from(guest) << FRACTION).div_ceil(u128::from(self.ratio));
+        u64::try_from(span).unwrap_or(u64::MAX)
+    }
+}
+
 impl Core {
     /// The guest's TSC, now.
     #[inline]
     pub fn guest_tsc(&self) -> u64 {
-        host_tsc().wrapping_add(self.msr.tsc_offset)
+        self.guest_tsc_at(host_tsc())
+    }
+
+    /// The guest's TSC when the host's was `host`.
+    #[inline]
+    pub(crate) fn guest_tsc_at(&self, host: u64) -> u64 {
+        self.rate.guest(host).wrapping_add(self.msr.tsc_offset)
     }
 
     /// Writes IA32_TIME_STAMP_COUNTER: IA32_TSC_ADJUST moves by the same amount (Intel SDM 3B, 18.17.3).
@@ -133,6 +199,60 @@ mod tests {
             tsc_khz().abs_diff(long) < long / 1000,
             "{} kHz, but {long} kHz",
             tsc_khz()
+        );
+    }
+
+    #[test]
+    fn counters_of_almost_one_frequency_are_one() {
+        for khz in [2_000_000, 2_000_500, 1_999_500] {
+            let rate = Rate::between(khz, 2_000_000);
+            assert_eq!(
+                (rate.guest(12345), rate.host_span(12345), rate.khz()),
+                (12345, 12345, 2_000_000)
+            );
+        }
+        assert_ne!(Rate::between(2_000_501, 2_000_000).ratio, 0);
+    }
+
+    #[test]
+    fn another_frequency_holds_over_years() {
+        for (guest, host) in [
+            (3_000_000, 2_000_000),
+            (1_000_000, 4_999_999),
+            (2_400_001, 2_400_000_000),
+        ] {
+            let rate = Rate::between(guest, host);
+            let second = host * 1000;
+            for seconds in [1, 86_400, 86_400 * 365 * 10] {
+                let Some(ticks) = second.checked_mul(seconds) else {
+                    continue;
+                };
+                let expected = guest * 1000 * seconds;
+                assert!(
+                    rate.guest(ticks).abs_diff(expected) <= 1 + expected / 1_000_000_000,
+                    "{guest} {seconds}"
+                );
+                assert!(rate.host_span(expected).abs_diff(ticks) <= host / guest + 1 + ticks / 1_000_000_000);
+            }
+            // Whoever waits for a tick of the guest's does not wake before it.
+            for ticks in [1, 7, 1 << 20, 1 << 40] {
+                assert!(rate.guest(rate.host_span(ticks)) >= ticks);
+            }
+        }
+        assert_eq!(Rate::between(1_000, 2_000_000).host_span(u64::MAX), u64::MAX);
+    }
+
+    #[test]
+    fn a_counter_of_twice_the_frequency_counts_twice() {
+        let mut core = core();
+        core.rate = Rate::new(tsc_khz() * 2);
+        let start = (host_tsc(), core.guest_tsc());
+        std::thread::sleep(Duration::from_millis(2));
+        let end = (core.guest_tsc(), host_tsc());
+        let (guest, host) = (end.0 - start.1, end.1 - start.0);
+        assert!(
+            guest <= host * 2 && guest >= ns_to_ticks(2_000_000) * 2,
+            "{guest} {host}"
         );
     }
 

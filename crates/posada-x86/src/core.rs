@@ -1,12 +1,15 @@
 //! One software CPU: architectural state and the caches that speed it up, owned by its vCPU thread.
 
+use crate::clock::Rate;
 use crate::fault::{Exception, Exec, Raised, vector};
 use crate::interpret::Cache;
 use crate::lapic::Lapic;
 use crate::native::Native;
 use crate::shared::Shared;
+use crate::state::Undelivered;
+use crate::system::steal::Steal;
 use crate::tlb::Mmu;
-use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment, Xsave};
+use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment};
 use posada_memory::GuestRam;
 use std::sync::Arc;
 
@@ -111,6 +114,10 @@ pub struct Msrs {
     pub wall_clock: u64,
     /// MSR_KVM_SYSTEM_TIME_NEW.
     pub system_time: u64,
+    /// MSR_KVM_STEAL_TIME.
+    pub steal_time: u64,
+    /// MSR_KVM_PV_EOI_EN.
+    pub pv_eoi: u64,
 }
 
 /// The vector and x87 state as XSAVE sees it.
@@ -200,6 +207,8 @@ pub struct Core {
     pub shut_down: bool,
     /// HLT ran: sleep until the next event.
     pub halted: bool,
+    /// What is to be delivered before the next instruction.
+    pub undelivered: Undelivered,
     /// What a debugger wants.
     pub debug: DebugControl,
     /// The debugger's break point that the next instruction goes past.
@@ -208,12 +217,20 @@ pub struct Core {
     pub cache: Cache,
     /// PAUSE instructions executed.
     pub pauses: u32,
+    /// What the guest has yet to be told of time that the host took.
+    pub steal: Steal,
+    /// Of the settings of the VM's clock, what the guest was told last: see [`crate::shared::Vm::set_clock`].
+    pub clock_settings: u64,
+    /// The guest has not been told how its TSC and its clock hang together since the state was set.
+    pub pvclock_stale: bool,
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
     /// The machine around.
     pub machine: Arc<dyn Machine>,
     /// What other vCPUs and threads see of this vCPU and of the VM.
     pub shared: Arc<Shared>,
+    /// How fast the guest's TSC runs: the VM's.
+    pub rate: Rate,
 }
 
 impl Core {
@@ -249,70 +266,23 @@ impl Core {
             exits: 0,
             shut_down: false,
             halted: false,
+            undelivered: Undelivered::default(),
             debug: DebugControl::default(),
             debug_passed: None,
             cache: Cache::default(),
             pauses: 0,
+            steal: Steal::default(),
+            clock_settings: shared.vm().clock_settings(),
+            pvclock_stale: false,
             ram,
             machine,
+            rate: shared.vm().rate(),
             shared,
         };
-        core.set_state(&CpuState::reset());
+        let reset = CpuState::reset();
+        core.set_registers(&reset);
+        core.set_xsave_area(&reset.xsave);
         core
-    }
-
-    /// The architectural state between two instructions.
-    pub fn state(&self) -> CpuState {
-        let mut xsave = Xsave::new(Vec::new());
-        let fxsave = xsave.legacy_mut();
-        *fxsave = self.vector.fx;
-        fxsave[24..28].copy_from_slice(&self.vector.mxcsr.to_le_bytes());
-        for (register, ymm) in self.vector.ymm.iter().enumerate() {
-            fxsave[160 + register * 16..][..16].copy_from_slice(&ymm[..16]);
-        }
-        let [d0, d1, d2, d3, _, _, d6, d7] = self.dr;
-        CpuState {
-            gprs: std::array::from_fn(|at| self.regs[at]),
-            rip: self.rip(),
-            rflags: self.rflags(),
-            segments: self.segments,
-            ldtr: self.ldtr,
-            tr: self.tr,
-            gdtr: self.gdtr,
-            idtr: self.idtr,
-            cr0: self.cr[0],
-            cr2: self.cr[2],
-            cr3: self.cr[3],
-            cr4: self.cr[4],
-            efer: self.msr.efer,
-            debug: [d0, d1, d2, d3, d6, d7],
-            xsave,
-            ..CpuState::reset()
-        }
-    }
-
-    /// Replaces the architectural state.
-    pub fn set_state(&mut self, state: &CpuState) {
-        self.regs[..16].copy_from_slice(&state.gprs);
-        self.set_rip(state.rip);
-        self.set_rflags(state.rflags);
-        self.segments = state.segments;
-        (self.ldtr, self.tr) = (state.ldtr, state.tr);
-        (self.gdtr, self.idtr) = (state.gdtr, state.idtr);
-        self.cr = [state.cr0, 0, state.cr2, state.cr3, state.cr4];
-        self.msr.efer = state.efer;
-        let [d0, d1, d2, d3, d6, d7] = state.debug;
-        self.dr = [d0, d1, d2, d3, 0, 0, d6, d7];
-        self.vector.fx = *state.xsave.legacy();
-        self.vector.fx[24..28].fill(0);
-        self.vector.fx[160..].fill(0);
-        self.vector.mxcsr = u32::from_le_bytes(state.xsave.legacy()[24..28].try_into().expect("four bytes"));
-        for (register, ymm) in self.vector.ymm.iter_mut().enumerate() {
-            ymm[..16].copy_from_slice(&state.xsave.legacy()[160 + register * 16..][..16]);
-        }
-        self.pdptes = self.read_pdptes(self.cr[3]);
-        self.mmu.flush();
-        self.update_mode();
     }
 
     /// RIP: of the next instruction inside handlers.

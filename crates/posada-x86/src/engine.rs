@@ -1,6 +1,5 @@
 //! The software CPU as an engine.
 
-use crate::clock;
 use crate::core::{CodeSize, Core, gpr, seg};
 use crate::interpret::Stop;
 use crate::shared::Vm;
@@ -14,6 +13,9 @@ use std::sync::Arc;
 
 /// The most vCPUs of a VM: xAPIC ids are one byte, and FFh means "all".
 const MAX_VCPUS: u32 = 255;
+
+/// Frequencies that a time stamp counter may have, in kHz.
+const TSC_KHZ: std::ops::RangeInclusive<u64> = 100_000..=100_000_000;
 
 /// The processors of one VM, in software.
 pub struct Emulator {
@@ -41,6 +43,10 @@ impl Emulator {
         model
             .fits(&Self::offer())
             .map_err(|what| Error::State(format!("the VM needs {what}")))?;
+        if !TSC_KHZ.contains(&model.tsc_khz) {
+            let text = format!("no time stamp counter has {} kHz", model.tsc_khz);
+            return Err(Error::State(text));
+        }
         crate::native::prepare()
             .map_err(|error| Error::Host(format!("no memory for code that runs vector instructions: {error}")))?;
         let vm = Vm::new(model.clone());
@@ -77,12 +83,7 @@ impl Engine for Emulator {
     fn detach_doorbell(&self, _: Doorbell, _: BorrowedFd<'_>) {}
 
     fn clock(&self) -> Result<Moment, Error> {
-        let host_tsc = clock::host_tsc();
-        Ok(Moment {
-            vm_ns: clock::ticks_to_ns(host_tsc.wrapping_add(self.vm.tsc_offset())),
-            real_ns: clock::real_time_ns(),
-            host_tsc,
-        })
+        Ok(self.vm.moment())
     }
 
     fn set_clock(&self, moment: Moment) -> Result<(), Error> {
@@ -120,6 +121,7 @@ impl Vcpu for Processor {
     fn run(&mut self) -> Exit {
         sleep_exactly();
         self.core.shared.mailbox().enter();
+        self.core.catch_up();
         let exit = self.run_inside();
         self.core.shared.mailbox().leave();
         exit
@@ -134,9 +136,8 @@ impl Vcpu for Processor {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<(), Error> {
-        check(state).map_err(|text| Error::State(text.into()))?;
+        self.core.check(state).map_err(Error::State)?;
         self.core.set_state(state);
-        self.core.make_runnable();
         Ok(())
     }
 
@@ -160,45 +161,6 @@ impl Vcpu for Processor {
 fn sleep_exactly() {
     // SAFETY: plain integers; concerns this thread only.
     unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1) };
-}
-
-/// What the processor itself could not hold (Intel SDM 3A, 2.5 and 2.2.1; 3C, 27.3.1.1).
-fn check(state: &CpuState) -> Result<(), &'static str> {
-    let bit = |value: u64, bit: u32| value >> bit & 1 != 0;
-    let (paging, long) = (bit(state.cr0, 31), bit(state.efer, 10));
-    let canonical = |address: u64| (address as i64) << 16 >> 16 == address as i64;
-    let bases = [state.segments[seg::FS].base, state.segments[seg::GS].base];
-    let code = state.segments[seg::CS].access;
-    let rules = [
-        (paging && !bit(state.cr0, 0), "CR0.PG needs CR0.PE"),
-        (bit(state.cr0, 29) && !bit(state.cr0, 30), "CR0.NW needs CR0.CD"),
-        (state.cr0 >> 32 != 0, "CR0 has 32 bits"),
-        (
-            state.cr3 >> crate::walk::PHYSICAL_BITS != 0,
-            "CR3 is beyond physical memory",
-        ),
-        (state.efer & !0xd01 != 0, "EFER has reserved bits set"),
-        (
-            long != (paging && bit(state.efer, 8)),
-            "EFER.LMA is EFER.LME and CR0.PG",
-        ),
-        (long && !bit(state.cr4, 5), "long mode needs CR4.PAE"),
-        (long && code & 0x6000 == 0x6000, "CS.L and CS.D exclude each other"),
-        (!long && state.rip >> 32 != 0, "RIP has 32 bits outside long mode"),
-        (long && !canonical(state.rip), "RIP is not canonical"),
-        (
-            long && !bases.into_iter().all(canonical),
-            "a segment base is not canonical",
-        ),
-        (
-            long && bit(state.rflags, 17),
-            "there is no virtual-8086 mode in long mode",
-        ),
-    ];
-    rules
-        .into_iter()
-        .find_map(|(broken, rule)| broken.then_some(rule))
-        .map_or(Ok(()), Err)
 }
 
 impl Core {
@@ -273,7 +235,7 @@ impl Core {
             }
         }
         writeln!(out)?;
-        let seconds = clock::ticks_to_ns(self.guest_tsc()) / 1_000_000_000;
+        let seconds = self.shared.vm().moment().vm_ns / 1_000_000_000;
         let (stack, count) = (self.regs[gpr::RSP], self.instructions);
         write!(out, "stack at rsp {stack:#x}:")?;
         for at in 0..4 {
@@ -303,6 +265,7 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock;
     use crate::lapic::testing::Ends;
     use posada_engine::Msi;
 
@@ -430,9 +393,11 @@ mod tests {
     #[test]
     fn counters_of_all_vcpus_started_at_zero_together() {
         let vm = Vm::with_cpus(2);
-        assert!(clock::ticks_to_ns(clock::host_tsc().wrapping_add(vm.tsc_offset())) < 10_000_000_000);
+        let moment = vm.moment();
+        assert!(moment.vm_ns < 10_000_000_000);
+        assert!(clock::ticks_to_ns(moment.host_tsc.wrapping_add(vm.tsc_offset())) < 10_000_000_000);
         let boot = vm.shared(1).boot_time_ns();
-        assert!(clock::real_time_ns().abs_diff(boot) < 10_000_000_000);
+        assert!(moment.real_ns.abs_diff(boot) < 10_000_000_000);
     }
 
     #[test]
@@ -441,22 +406,17 @@ mod tests {
         assert!(Emulator::new(ram.clone(), &model(0)).is_err() && Emulator::new(ram.clone(), &model(256)).is_err());
         let mut other = model(1);
         other.features.avx512f = true;
-        assert!(matches!(Emulator::new(ram, &other), Err(Error::State(text)) if text.contains("avx512f")));
+        assert!(matches!(Emulator::new(ram.clone(), &other), Err(Error::State(text)) if text.contains("avx512f")));
+        for khz in [0, 99_999, u64::MAX] {
+            let mut other = model(1);
+            other.tsc_khz = khz;
+            assert!(matches!(Emulator::new(ram.clone(), &other), Err(Error::State(text)) if text.contains("kHz")));
+        }
         let (emulator, mut vcpus) = emulator(1, &[]);
         assert!(emulator.create_vcpu(1, Arc::new(Ends::default())).is_err());
-        let cases: [fn(&mut CpuState); 6] = [
-            |state| state.cr0 = 1 << 31,
-            |state| state.cr3 = 1 << 60,
-            |state| state.efer = 1 << 10,
-            |state| state.efer = 2,
-            |state| state.rip = 1 << 32,
-            |state| (state.cr0, state.efer) = (0x8000_0011, 0x500),
-        ];
-        for change in cases {
-            let mut state = entry();
-            change(&mut state);
-            assert!(matches!(vcpus[0].set_state(&state), Err(Error::State(_))));
-        }
+        let mut state = entry();
+        state.cr0 = 1 << 31;
+        assert!(matches!(vcpus[0].set_state(&state), Err(Error::State(_))));
         vcpus[0].set_state(&entry()).unwrap();
     }
 }

@@ -26,6 +26,7 @@ pub mod segmentation;
 pub mod shared;
 pub mod shift;
 pub mod size;
+pub mod state;
 pub mod strings;
 pub mod system;
 pub mod tlb;

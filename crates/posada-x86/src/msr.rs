@@ -5,7 +5,10 @@ use crate::cpuid::features;
 use crate::fault::Exec;
 use crate::insn::Insn;
 use crate::system::descriptor::canonical;
+use crate::system::steal;
 use crate::walk::PHYSICAL_BITS;
+
+pub(crate) mod portable;
 
 const TSC: u32 = 0x10;
 const PLATFORM_ID: u32 = 0x17;
@@ -33,6 +36,8 @@ const X2APIC_LAST: u32 = 0x8ff;
 const XSS: u32 = 0xda0;
 const WALL_CLOCK: u32 = 0x4b56_4d00;
 const SYSTEM_TIME: u32 = 0x4b56_4d01;
+const STEAL_TIME: u32 = 0x4b56_4d03;
+const PV_EOI: u32 = 0x4b56_4d04;
 const EFER: u32 = 0xc000_0080;
 const STAR: u32 = 0xc000_0081;
 const LSTAR: u32 = 0xc000_0082;
@@ -126,6 +131,8 @@ impl Default for Msrs {
             spec_ctrl: 0,
             wall_clock: 0,
             system_time: 0,
+            steal_time: 0,
+            pv_eoi: 0,
         }
     }
 }
@@ -162,62 +169,76 @@ fn def_type_valid(value: u64) -> bool {
     value & !0xcff == 0 && types_valid(value & 0xff, MEMORY_TYPES)
 }
 
+impl Msrs {
+    /// Where a register is kept that gives back what was written to it.
+    fn place(&mut self, msr: u32) -> Option<&mut u64> {
+        Some(match msr {
+            TSC_ADJUST => &mut self.tsc_adjust,
+            SPEC_CTRL => &mut self.spec_ctrl,
+            SYSENTER_CS..=SYSENTER_EIP => &mut self.sysenter[(msr - SYSENTER_CS) as usize],
+            MISC_ENABLE => &mut self.misc_enable,
+            MTRR_VARIABLE..=MTRR_VARIABLE_LAST => &mut self.mtrr_variable[(msr - MTRR_VARIABLE) as usize],
+            PAT => &mut self.pat,
+            MTRR_DEF_TYPE => &mut self.mtrr_def_type,
+            XSS if features().xsaves => &mut self.xss,
+            WALL_CLOCK => &mut self.wall_clock,
+            SYSTEM_TIME => &mut self.system_time,
+            STEAL_TIME => &mut self.steal_time,
+            PV_EOI => &mut self.pv_eoi,
+            STAR => &mut self.star,
+            LSTAR => &mut self.lstar,
+            CSTAR => &mut self.cstar,
+            FMASK => &mut self.fmask,
+            KERNEL_GS_BASE => &mut self.kernel_gs_base,
+            TSC_AUX => &mut self.tsc_aux,
+            _ => return fixed_mtrr(msr).map(|at| &mut self.mtrr_fixed[at]),
+        })
+    }
+}
+
+/// True for a value that the register may have.
+fn valid(msr: u32, value: u64) -> bool {
+    match msr {
+        SYSENTER_CS..=SYSENTER_EIP | LSTAR | CSTAR | FS_BASE | GS_BASE | KERNEL_GS_BASE => canonical(value),
+        FMASK | TSC_AUX => value >> 32 == 0,
+        SPEC_CTRL => value & !SPEC_CTRL_BITS == 0,
+        PRED_CMD => value & !PRED_CMD_BITS == 0,
+        PAT => types_valid(value, MEMORY_TYPES | UC_MINUS),
+        MTRR_DEF_TYPE => def_type_valid(value),
+        MTRR_VARIABLE..=MTRR_VARIABLE_LAST => variable_valid(msr, value),
+        MISC_ENABLE => value & !1 == MISC_ENABLE_VALUE & !1,
+        STEAL_TIME => value & steal::RESERVED == 0,
+        PV_EOI => value & 2 == 0,
+        // What is always zero may be cleared.
+        XSS | MCG_STATUS | DEBUGCTL => value == 0,
+        _ => fixed_mtrr(msr).is_none() || types_valid(value, MEMORY_TYPES),
+    }
+}
+
 impl Core {
     fn read_msr(&mut self, msr: u32) -> Exec<u64> {
-        let state = &self.msr;
         Ok(match msr {
             TSC => self.guest_tsc(),
-            TSC_ADJUST => state.tsc_adjust,
             APIC_BASE | TSC_DEADLINE | X2APIC..=X2APIC_LAST => return self.lapic_read_msr(msr),
-            SPEC_CTRL => state.spec_ctrl,
             BIOS_SIGN_ID => MICROCODE,
             ARCH_CAPABILITIES => self.shared.vm().model().arch_capabilities,
             // No machine-check banks, no branch records, no turbo ratios.
             PLATFORM_ID | PLATFORM_INFO | MCG_CAP | MCG_STATUS | DEBUGCTL => 0,
             MTRRCAP => MTRRCAP_VALUE,
-            SYSENTER_CS..=SYSENTER_EIP => state.sysenter[(msr - SYSENTER_CS) as usize],
-            MISC_ENABLE => state.misc_enable,
-            MTRR_VARIABLE..=MTRR_VARIABLE_LAST => state.mtrr_variable[(msr - MTRR_VARIABLE) as usize],
-            PAT => state.pat,
-            MTRR_DEF_TYPE => state.mtrr_def_type,
-            XSS if features().xsaves => state.xss,
-            WALL_CLOCK => state.wall_clock,
-            SYSTEM_TIME => state.system_time,
-            EFER => state.efer,
-            STAR => state.star,
-            LSTAR => state.lstar,
-            CSTAR => state.cstar,
-            FMASK => state.fmask,
+            EFER => self.msr.efer,
             FS_BASE => self.segments[seg::FS].base,
             GS_BASE => self.segments[seg::GS].base,
-            KERNEL_GS_BASE => state.kernel_gs_base,
-            TSC_AUX => state.tsc_aux,
-            _ => match fixed_mtrr(msr) {
-                Some(at) => state.mtrr_fixed[at],
+            _ => match self.msr.place(msr) {
+                Some(place) => *place,
                 None => return self.general_protection(),
             },
         })
     }
 
     fn write_msr(&mut self, msr: u32, value: u64) -> Exec {
-        let valid = match msr {
-            SYSENTER_CS..=SYSENTER_EIP | LSTAR | CSTAR | FS_BASE | GS_BASE | KERNEL_GS_BASE => canonical(value),
-            FMASK | TSC_AUX => value >> 32 == 0,
-            SPEC_CTRL => value & !SPEC_CTRL_BITS == 0,
-            PRED_CMD => value & !PRED_CMD_BITS == 0,
-            PAT => types_valid(value, MEMORY_TYPES | UC_MINUS),
-            MTRR_DEF_TYPE => def_type_valid(value),
-            MTRR_VARIABLE..=MTRR_VARIABLE_LAST => variable_valid(msr, value),
-            MISC_ENABLE => value & !1 == MISC_ENABLE_VALUE & !1,
-            XSS => features().xsaves && value == 0,
-            // What is always zero may be cleared.
-            MCG_STATUS | DEBUGCTL => value == 0,
-            _ => true,
-        };
-        if !valid {
+        if !valid(msr, value) {
             return self.general_protection();
         }
-        let state = &mut self.msr;
         match msr {
             TSC => {
                 self.set_guest_tsc(value);
@@ -228,28 +249,18 @@ impl Core {
                 self.update_pvclock();
             }
             APIC_BASE | TSC_DEADLINE | X2APIC..=X2APIC_LAST => return self.lapic_write_msr(msr, value),
-            SPEC_CTRL => state.spec_ctrl = value,
             // Software clears the revision before it asks for it.
             PRED_CMD | BIOS_SIGN_ID | MCG_STATUS | DEBUGCTL => {}
-            SYSENTER_CS..=SYSENTER_EIP => state.sysenter[(msr - SYSENTER_CS) as usize] = value,
-            MISC_ENABLE => state.misc_enable = value,
-            MTRR_VARIABLE..=MTRR_VARIABLE_LAST => state.mtrr_variable[(msr - MTRR_VARIABLE) as usize] = value,
-            PAT => state.pat = value,
-            MTRR_DEF_TYPE => state.mtrr_def_type = value,
-            XSS => state.xss = value,
             WALL_CLOCK => self.write_wall_clock(value),
             SYSTEM_TIME => self.write_system_time(value),
+            STEAL_TIME => self.write_steal_time(value),
             EFER => return self.write_efer(value),
-            STAR => state.star = value,
-            LSTAR => state.lstar = value,
-            CSTAR => state.cstar = value,
-            FMASK => state.fmask = value,
             FS_BASE => self.segments[seg::FS].base = value,
             GS_BASE => self.segments[seg::GS].base = value,
-            KERNEL_GS_BASE => state.kernel_gs_base = value,
-            TSC_AUX => state.tsc_aux = value,
-            _ => match fixed_mtrr(msr).filter(|_| types_valid(value, MEMORY_TYPES)) {
-                Some(at) => state.mtrr_fixed[at] = value,
+            // PV_EOI among them: we may set the flag that spares the guest the write to the EOI register, and never do, as that
+            // write is cheap here.
+            _ => match self.msr.place(msr) {
+                Some(place) => *place = value,
                 None => return self.general_protection(),
             },
         }
@@ -338,6 +349,8 @@ mod tests {
             (MTRR_VARIABLE, 0x8000_0006),
             (MTRR_VARIABLE_LAST, 0x3fff_8000_0800),
             (SPEC_CTRL, 1),
+            (STEAL_TIME, 0x8_0041),
+            (PV_EOI, 0x8_0005),
             (MISC_ENABLE, 0x1800),
         ] {
             assert_eq!(write(&mut core, msr, value), Ok(()), "{msr:#x}");
@@ -367,6 +380,9 @@ mod tests {
             (XSS, 1),
             (SPEC_CTRL, 2),
             (PRED_CMD, 2),
+            (STEAL_TIME, 0x8003),
+            (STEAL_TIME, 0x8021),
+            (PV_EOI, 0x8003),
             (MISC_ENABLE, 0),
             (EFER, 1 << 12),
             (EFER, 0),

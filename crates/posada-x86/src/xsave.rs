@@ -7,6 +7,8 @@ use crate::insn::{Insn, WIDE};
 use crate::native::needs;
 use std::arch::asm;
 
+pub(crate) mod area;
+
 /// Component bit of x87 state.
 pub const X87: u64 = 1;
 /// Component bit of XMM registers.
@@ -32,10 +34,9 @@ const COMPACTED: u64 = 1 << 63;
 /// Bytes of the legacy region that FXSAVE writes: up to the last XMM register.
 const LEGACY: usize = 416;
 
-/// Components that XCR0 may enable.
-pub fn supported() -> u64 {
-    let avx = crate::native::shown(iced_x86::CpuidFeature::AVX);
-    X87 | SSE | if avx { AVX } else { 0 }
+/// True for a value that XCR0 may have, where there are these components.
+pub(crate) fn xcr0_valid(value: u64, components: u64) -> bool {
+    value & X87 != 0 && value & (SSE | AVX) != AVX && value & !components == 0
 }
 
 /// Bytes of a standard-format area with these components.
@@ -437,7 +438,7 @@ pub fn xsetbv(core: &mut Core, _: &Insn) -> Exec {
         return core.raise(vector::UD);
     }
     let value = core.regs[0] & 0xffff_ffff | core.regs[2] << 32;
-    let valid = value & X87 != 0 && value & (SSE | AVX) != AVX && value & !supported() == 0;
+    let valid = xcr0_valid(value, core.shared.vm().model().xcr0());
     if core.cpl != 0 || core.regs[1] as u32 != 0 || !valid {
         return core.general_protection();
     }
@@ -453,11 +454,15 @@ mod tests {
     use crate::insn::{Handler, ZERO};
     use crate::mmu::tests::core as bare_core;
 
+    fn supported(core: &Core) -> u64 {
+        core.shared.vm().model().xcr0()
+    }
+
     /// A core with XSAVE enabled and every component in use.
     fn core() -> Core {
         let mut core = bare_core();
         core.cr[4] |= 3 << 9 | 1 << 18;
-        core.vector.xcr0 = supported();
+        core.vector.xcr0 = supported(&core);
         core.update_mode();
         core.vector.fx[..5].copy_from_slice(&[0x7f, 3, 0, 0x38, 0x80]);
         core.vector.fx[32..42].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f]);
@@ -536,7 +541,7 @@ mod tests {
         run(&mut core, xsavec, 0x800, !0).unwrap();
         assert_eq!(
             (core.load(0xa00), core.load(0xa08)),
-            (Ok(in_use), Ok(COMPACTED | supported()))
+            (Ok(in_use), Ok(COMPACTED | supported(&core)))
         );
         // XSAVE keeps the bits of what it was not asked for.
         run(&mut core, xsave, 0x400, X87).unwrap();

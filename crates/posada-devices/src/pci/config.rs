@@ -1,6 +1,8 @@
 //! The configuration space of a function: type 0 header, BARs that can be sized and moved, a capability list. Which bits
 //! the guest may write is a mask beside each byte.
 
+use crate::state::StateError;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// Bytes of the space; what lies beyond in ECAM (extended capabilities) reads zero.
@@ -37,6 +39,11 @@ pub struct Identity {
     /// Subsystem vendor id and id.
     pub subsystem: (u16, u16),
 }
+
+/// A function's configuration space, with what the guest has written: BARs, command, capabilities.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ConfigState(#[serde(with = "const_hex")] [u8; SIZE]);
 
 #[derive(Clone, Copy)]
 struct Bar {
@@ -158,6 +165,40 @@ impl ConfigSpace {
             let mask = self.writable[at];
             self.bytes[at] = self.bytes[at] & !mask | byte & mask;
         }
+    }
+}
+
+impl ConfigSpace {
+    /// What is in it.
+    pub fn save(&self) -> ConfigState {
+        ConfigState(self.bytes)
+    }
+
+    /// Checks that a state is one of this function: what the guest cannot write is the same.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn check(&self, state: &ConfigState) -> Result<(), StateError> {
+        let id = |bytes: &[u8; SIZE]| format!("{:02x}{:02x}:{:02x}{:02x}", bytes[1], bytes[0], bytes[3], bytes[2]);
+        let (ours, theirs) = (id(&self.bytes), id(&state.0));
+        if ours != theirs {
+            return Err(StateError::new(format!(
+                "is PCI device {ours}, the snapshot's is {theirs}"
+            )));
+        }
+        let fixed = |bytes: &[u8; SIZE], at: usize| bytes[at] & !self.writable[at];
+        match (0..SIZE).find(|at| fixed(&self.bytes, *at) != fixed(&state.0, *at)) {
+            Some(at) => Err(StateError::new(format!(
+                "has {:#04x} at {at:#x} of its configuration space, the snapshot's has {:#04x}",
+                self.bytes[at], state.0[at]
+            ))),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes a state over that [`ConfigSpace::check`] has found good.
+    pub fn restore(&mut self, state: &ConfigState) {
+        self.bytes = state.0;
     }
 }
 

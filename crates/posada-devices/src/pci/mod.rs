@@ -5,10 +5,12 @@
 
 mod config;
 
-pub use config::{ConfigSpace, Identity};
+pub use config::{ConfigSpace, ConfigState, Identity};
 
 use crate::bus::{MmioDevice, PortDevice};
 use crate::power::{PowerEvent, PowerSink};
+use crate::state::StateError;
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
@@ -42,6 +44,18 @@ pub trait PciFunction: Send + Sync {
 
     /// A store inside BAR `bar`.
     fn bar_write(&self, bar: usize, offset: u64, data: &[u8]);
+
+    /// BAR `bar` answers at `range` of the window, or nowhere. Called one at a time, each time that may have changed.
+    fn placed(&self, _bar: usize, _range: Option<Range<u64>>) {}
+}
+
+/// What the bus itself keeps.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PciState {
+    /// The host bridge's configuration space.
+    pub bridge: ConfigState,
+    /// The register at port 0xcf8.
+    pub address: u32,
 }
 
 /// Why a function cannot be added.
@@ -101,6 +115,9 @@ pub struct PciRoot {
     slots: RwLock<Vec<Arc<dyn PciFunction>>>,
     /// Where BARs answer now.
     decoded: RwLock<Vec<Decoded>>,
+    window: Range<u64>,
+    /// What was last written to port 0xcf8.
+    address: AtomicU32,
     resources: Mutex<Resources>,
 }
 
@@ -118,6 +135,8 @@ impl PciRoot {
         Arc::new(Self {
             slots: RwLock::new(vec![Arc::new(HostBridge(Mutex::new(bridge)))]),
             decoded: RwLock::default(),
+            window: window.clone(),
+            address: AtomicU32::new(0),
             resources: Mutex::new(Resources::new(window)),
         })
     }
@@ -155,14 +174,50 @@ impl PciRoot {
         let mut decoded = self.decoded.write().unwrap();
         decoded.clear();
         for function in slots.iter() {
-            let config = function.config().lock().unwrap();
-            for (bar, _) in config.bar_sizes() {
-                if let Some(range) = config.decoded_bar(bar) {
+            let bars: Vec<_> = {
+                let config = function.config().lock().unwrap();
+                let place = |(bar, _)| (bar, config.decoded_bar(bar));
+                config.bar_sizes().map(place).collect()
+            };
+            for (bar, range) in bars {
+                if let Some(range) = range.clone() {
                     let function = Arc::clone(function);
                     decoded.push(Decoded { range, function, bar });
                 }
+                let inside = |range: &Range<u64>| self.window.start <= range.start && range.end <= self.window.end;
+                function.placed(bar, range.filter(inside));
             }
         }
+    }
+
+    /// What the bus itself keeps; its functions are saved one by one.
+    pub fn save(&self) -> PciState {
+        PciState {
+            bridge: self.bridge().config().lock().unwrap().save(),
+            address: self.address.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Takes a state over and looks where all BARs answer: to be called after the functions have theirs.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn restore(&self, state: &PciState) -> Result<(), StateError> {
+        {
+            let bridge = self.bridge();
+            let mut config = bridge.config().lock().unwrap();
+            config
+                .check(&state.bridge)
+                .map_err(|error| error.of("the PCI host bridge"))?;
+            config.restore(&state.bridge);
+        }
+        self.address.store(state.address, Ordering::Relaxed);
+        self.decode();
+        Ok(())
+    }
+
+    fn bridge(&self) -> Arc<dyn PciFunction> {
+        Arc::clone(&self.slots.read().unwrap()[0])
     }
 
     fn function(&self, bus: u8, device_function: u8) -> Option<Arc<dyn PciFunction>> {
@@ -299,7 +354,6 @@ impl MmioDevice for PciWindow {
 /// control.
 pub struct PciPorts {
     root: Arc<PciRoot>,
-    address: AtomicU32,
     power: PowerSink,
 }
 
@@ -311,16 +365,12 @@ const RESET_CPU: u8 = 1 << 2;
 impl PciPorts {
     /// Ports for `root`; resets go to `power`.
     pub fn new(root: Arc<PciRoot>, power: PowerSink) -> Self {
-        Self {
-            root,
-            address: AtomicU32::new(0),
-            power,
-        }
+        Self { root, power }
     }
 
     /// Bus, function and register that a data port at `offset` stands for.
     fn target(&self, offset: u16) -> Option<(u8, u8, u16)> {
-        let address = self.address.load(Ordering::Relaxed);
+        let address = self.root.address.load(Ordering::Relaxed);
         let register = (address & 0xfc) as u16 + offset.checked_sub(4)?;
         (address & CONFIG_ENABLE != 0).then_some(((address >> 16) as u8, (address >> 8) as u8, register))
     }
@@ -329,7 +379,7 @@ impl PciPorts {
 impl PortDevice for PciPorts {
     fn read(&self, offset: u16, data: &mut [u8]) {
         if offset == 0 && data.len() == 4 {
-            return data.copy_from_slice(&self.address.load(Ordering::Relaxed).to_le_bytes());
+            return data.copy_from_slice(&self.root.address.load(Ordering::Relaxed).to_le_bytes());
         }
         match self.target(offset) {
             Some((bus, function, register)) => self.root.config_read(bus, function, register, data),
@@ -339,7 +389,7 @@ impl PortDevice for PciPorts {
 
     fn write(&self, offset: u16, data: &[u8]) {
         if let (0, Ok(address)) = (offset, data.try_into()) {
-            self.address.store(u32::from_le_bytes(address), Ordering::Relaxed);
+            self.root.address.store(u32::from_le_bytes(address), Ordering::Relaxed);
         } else if offset == RESET_CONTROL && data.len() == 1 {
             if data[0] & RESET_CPU != 0 {
                 (self.power)(PowerEvent::Reset);

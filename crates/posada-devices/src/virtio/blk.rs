@@ -2,14 +2,15 @@
 //! discard and write-zeroes give space back. Requests are served in order by a thread of the device.
 
 use super::disk::{Disk, SECTOR};
-use super::worker::Worker;
-use super::{Activation, Broken, Chain, Segments, VirtioDevice};
+use super::{Broken, Chain, DeviceState, Segments, Signal, VirtQueue, VirtioDevice};
+use crate::state::StateError;
 use posada_memory::GuestRam;
+use serde::{Deserialize, Serialize};
 use std::io;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 
-pub use super::disk::{Disk as BlkDisk, Error as DiskError, open_disk};
+pub use super::disk::{Disk as BlkDisk, DiskIdentity, Error as DiskError, open_disk};
 
 /// VIRTIO_BLK_F_*.
 const SEG_MAX: u64 = 1 << 2;
@@ -89,50 +90,53 @@ fn count(counter: &AtomicU64, more: u64) {
     counter.fetch_add(more, Ordering::Relaxed);
 }
 
-struct Backend {
-    disk: Disk,
-    id: [u8; ID_LENGTH],
-    counters: Counters,
+/// What a guest knows of its disk; the rest is in the disk's file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlkState {
+    /// Size in sectors of 512 bytes.
+    pub sectors: u64,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// The serial number, up to 20 bytes.
+    pub id: String,
 }
 
 /// The device.
 pub struct Blk {
-    backend: Arc<Backend>,
-    worker: Mutex<Option<Worker>>,
+    disk: Disk,
+    id: String,
+    counters: Counters,
 }
 
 impl Blk {
     /// A device for `disk`; the guest sees the first 20 bytes of `id` as its serial number.
     pub fn new(disk: Disk, id: &str) -> Arc<Self> {
-        let mut bytes = [0; ID_LENGTH];
-        bytes.iter_mut().zip(id.bytes()).for_each(|(to, from)| *to = from);
         Arc::new(Self {
-            backend: Arc::new(Backend {
-                disk,
-                id: bytes,
-                counters: Counters::default(),
-            }),
-            worker: Mutex::new(None),
+            disk,
+            id: id.into(),
+            counters: Counters::default(),
         })
+    }
+
+    /// The disk behind it.
+    pub fn disk(&self) -> &Disk {
+        &self.disk
     }
 
     /// What it has done so far.
     pub fn counters(&self) -> BlkCounters {
-        let counters = &self.backend.counters;
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         BlkCounters {
-            requests: get(&counters.requests),
-            read: get(&counters.read),
-            written: get(&counters.written),
-            discarded: get(&counters.discarded),
-            flushes: get(&counters.flushes),
+            requests: get(&self.counters.requests),
+            read: get(&self.counters.read),
+            written: get(&self.counters.written),
+            discarded: get(&self.counters.discarded),
+            flushes: get(&self.counters.flushes),
         }
     }
-}
 
-impl Backend {
     /// Serves one request; returns the bytes written into guest memory.
-    fn serve(&self, ram: &GuestRam, mut chain: Chain) -> Result<u32, Broken> {
+    fn answer(&self, ram: &GuestRam, mut chain: Chain) -> Result<u32, Broken> {
         // The last writable byte is the status; a chain without one cannot be answered.
         let Some(room) = chain.writable.length().checked_sub(1) else {
             return Err(Broken::Chain(chain.head));
@@ -184,7 +188,11 @@ impl Backend {
                 count(&self.counters.flushes, 1);
                 self.disk.flush().into()
             }
-            request::GET_ID => return (Status::Ok, to_guest.write(ram, &self.id) as u64),
+            request::GET_ID => {
+                let mut id = [0; ID_LENGTH];
+                id.iter_mut().zip(self.id.bytes()).for_each(|(to, from)| *to = from);
+                return (Status::Ok, to_guest.write(ram, &id) as u64);
+            }
             request::DISCARD | request::WRITE_ZEROES => self.ranges(ram, kind, from_guest),
             _ => Status::Unsupported,
         };
@@ -237,6 +245,10 @@ impl Backend {
 }
 
 impl VirtioDevice for Blk {
+    fn name(&self) -> &'static str {
+        "blk"
+    }
+
     fn id(&self) -> u16 {
         2
     }
@@ -244,7 +256,7 @@ impl VirtioDevice for Blk {
     fn features(&self) -> u64 {
         let common = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY;
         common
-            | if self.backend.disk.read_only() {
+            | if self.disk.read_only() {
                 RO
             } else {
                 DISCARD | WRITE_ZEROES
@@ -258,7 +270,7 @@ impl VirtioDevice for Blk {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         let mut config = [0; 60];
         let mut put = |at: usize, bytes: &[u8]| config[at..at + bytes.len()].copy_from_slice(bytes);
-        put(0, &(self.backend.disk.size() / SECTOR).to_le_bytes());
+        put(0, &(self.disk.size() / SECTOR).to_le_bytes());
         put(12, &SEGMENTS.to_le_bytes());
         put(20, &(SECTOR as u32).to_le_bytes());
         // Topology: 8 sectors to a physical block of 4 KiB, which is also the best I/O size's unit.
@@ -274,23 +286,41 @@ impl VirtioDevice for Blk {
         super::read_config(&config, offset, data);
     }
 
-    fn activate(&self, activation: Activation) {
-        let backend = Arc::clone(&self.backend);
-        let worker = Worker::spawn("virtio-blk", activation, move |queues, signal| {
-            queues[0].drain(signal, |ram, chain| backend.serve(ram, chain))
-        });
-        *self.worker.lock().unwrap() = Some(worker);
+    fn serve(&self, queues: &mut [VirtQueue], signal: &Signal) -> Result<(), Broken> {
+        queues[0].drain(signal, |ram, chain| self.answer(ram, chain))
     }
 
-    fn notify(&self, _queue: u16) {
-        if let Some(worker) = &*self.worker.lock().unwrap() {
-            worker.kick();
+    fn save(&self) -> DeviceState {
+        DeviceState::Blk(BlkState {
+            sectors: self.disk.size() / SECTOR,
+            read_only: self.disk.read_only(),
+            id: self.id.clone(),
+        })
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Blk(state) = state else {
+            return Err(state.is_not(self));
+        };
+        let sectors = self.disk.size() / SECTOR;
+        if state.sectors != sectors {
+            return Err(StateError::differs("sectors", sectors, state.sectors));
         }
-    }
-
-    fn reset(&self) {
-        let worker = self.worker.lock().unwrap().take();
-        drop(worker);
+        if state.read_only != self.disk.read_only() {
+            let kind = |read_only| if read_only { "read-only" } else { "writable" };
+            return Err(StateError::new(format!(
+                "is {}, the snapshot's is {}",
+                kind(self.disk.read_only()),
+                kind(state.read_only)
+            )));
+        }
+        if state.id != self.id {
+            return Err(StateError::new(format!(
+                "has the serial number {:?}, the snapshot's has {:?}",
+                self.id, state.id
+            )));
+        }
+        Ok(())
     }
 }
 

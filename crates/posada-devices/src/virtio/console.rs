@@ -1,12 +1,12 @@
 //! virtio-console (virtio 1.2 section 5.3): one port, optionally with the terminal's size. Input waits on the host until
 //! the guest has buffers for it, also across resets of the device.
 
-use super::worker::Worker;
-use super::{Activation, Broken, Interrupt, Signal, VirtQueue, VirtioDevice};
-use posada_memory::GuestRam;
+use super::{Broken, DeviceState, Link, Signal, VirtQueue, VirtioDevice};
+use crate::state::StateError;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::io::Write;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// VIRTIO_CONSOLE_F_SIZE.
 const SIZE: u64 = 1;
@@ -15,35 +15,42 @@ const TX: usize = 1;
 /// Bytes copied at a time.
 const CHUNK: u64 = 4096;
 
-struct Active {
-    worker: Worker,
-    interrupt: Arc<Interrupt>,
+/// What a console keeps for its guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleState {
+    /// Columns and rows that the guest was told of, if it is.
+    pub size: Option<(u16, u16)>,
+    /// Input that the guest has not taken.
+    #[serde(with = "const_hex")]
+    pub input: Vec<u8>,
 }
 
 /// The device.
 pub struct Console {
-    input: Arc<Mutex<VecDeque<u8>>>,
-    output: Arc<Mutex<Box<dyn Write + Send>>>,
+    input: Mutex<VecDeque<u8>>,
+    output: Mutex<Box<dyn Write + Send>>,
     /// Columns and rows.
     size: Mutex<Option<(u16, u16)>>,
-    active: Mutex<Option<Active>>,
+    link: OnceLock<Link>,
 }
 
 impl Console {
     /// A console that prints to `output`; with a `size` (columns, rows) the guest is told of it and of its changes.
     pub fn new(output: Box<dyn Write + Send>, size: Option<(u16, u16)>) -> Arc<Self> {
         Arc::new(Self {
-            input: Arc::default(),
-            output: Arc::new(Mutex::new(output)),
+            input: Mutex::default(),
+            output: Mutex::new(output),
             size: Mutex::new(size),
-            active: Mutex::new(None),
+            link: OnceLock::new(),
         })
     }
 
     /// Input for the guest, of any length.
     pub fn input(&self, bytes: &[u8]) {
         self.input.lock().unwrap().extend(bytes);
-        self.kick();
+        if let Some(link) = self.link.get() {
+            link.wake();
+        }
     }
 
     /// Bytes of input the guest has not taken yet.
@@ -58,60 +65,66 @@ impl Console {
         } else {
             return;
         }
-        if let Some(active) = &*self.active.lock().unwrap() {
-            active.interrupt.config_changed();
+        self.tell_size();
+    }
+
+    fn tell_size(&self) {
+        if let Some(link) = self.link.get() {
+            link.config_changed();
         }
     }
 
-    fn kick(&self) {
-        if let Some(active) = &*self.active.lock().unwrap() {
-            active.worker.kick();
-        }
-    }
-}
-
-/// Gives waiting input to the guest while it has buffers.
-fn receive(queue: &mut VirtQueue, ram: &GuestRam, input: &Mutex<VecDeque<u8>>, signal: &Signal) -> Result<(), Broken> {
-    loop {
-        while !input.lock().unwrap().is_empty() && !signal.stopping() {
-            let Some(mut chain) = queue.pop()? else { break };
+    /// Gives waiting input to the guest while it has buffers. Notifications of buffers are wanted only while there is
+    /// input for which there are none.
+    fn receive(&self, queue: &mut VirtQueue, signal: &Signal) -> Result<(), Broken> {
+        let ram = Arc::clone(queue.ram());
+        queue.disable_notification()?;
+        while self.input_waiting() > 0 && !signal.stopping() {
+            let Some(mut chain) = queue.pop()? else {
+                if queue.enable_notification()? {
+                    queue.disable_notification()?;
+                    continue;
+                }
+                return Ok(());
+            };
             let mut written = 0;
             loop {
                 let room = chain.writable.length().min(CHUNK) as usize;
-                let bytes: Vec<u8> = input.lock().unwrap().iter().take(room).copied().collect();
+                let bytes: Vec<u8> = self.input.lock().unwrap().iter().take(room).copied().collect();
                 if bytes.is_empty() {
                     break;
                 }
-                let copied = chain.writable.write(ram, &bytes);
-                input.lock().unwrap().drain(..copied);
+                let copied = chain.writable.write(&ram, &bytes);
+                self.input.lock().unwrap().drain(..copied);
                 written += copied as u32;
             }
             queue.push(chain.head, written)?;
         }
-        let more = queue.enable_notification()?;
-        if !more || signal.stopping() || input.lock().unwrap().is_empty() {
-            return Ok(());
-        }
+        Ok(())
+    }
+
+    /// Prints what the guest sends. A writer that fails loses output; the guest goes on.
+    fn transmit(&self, queue: &mut VirtQueue, signal: &Signal) -> Result<(), Broken> {
+        queue.drain(signal, |ram, mut chain| {
+            let mut output = self.output.lock().unwrap();
+            let mut bytes = vec![0; chain.readable.length().min(CHUNK) as usize];
+            while chain.readable.length() > 0 && !signal.abandoned() {
+                let part = chain.readable.length().min(CHUNK) as usize;
+                if !chain.readable.read(ram, &mut bytes[..part]) || output.write_all(&bytes[..part]).is_err() {
+                    break;
+                }
+            }
+            let _ = output.flush();
+            Ok(0)
+        })
     }
 }
 
-/// Prints what the guest sends. A writer that fails loses output; the guest goes on.
-fn transmit(queue: &mut VirtQueue, output: &Mutex<Box<dyn Write + Send>>, signal: &Signal) -> Result<(), Broken> {
-    queue.drain(signal, |ram, mut chain| {
-        let mut output = output.lock().unwrap();
-        let mut bytes = vec![0; chain.readable.length().min(CHUNK) as usize];
-        while chain.readable.length() > 0 && !signal.stopping() {
-            let part = chain.readable.length().min(CHUNK) as usize;
-            if !chain.readable.read(ram, &mut bytes[..part]) || output.write_all(&bytes[..part]).is_err() {
-                break;
-            }
-        }
-        let _ = output.flush();
-        Ok(0)
-    })
-}
-
 impl VirtioDevice for Console {
+    fn name(&self) -> &'static str {
+        "console"
+    }
+
     fn id(&self) -> u16 {
         3
     }
@@ -134,24 +147,44 @@ impl VirtioDevice for Console {
         super::read_config(&config, offset, data);
     }
 
-    fn activate(&self, activation: Activation) {
-        let interrupt = Arc::clone(&activation.interrupt);
-        let ram = Arc::clone(&activation.ram);
-        let (input, output) = (Arc::clone(&self.input), Arc::clone(&self.output));
-        let worker = Worker::spawn("virtio-console", activation, move |queues, signal| {
-            receive(&mut queues[RX], &ram, &input, signal)?;
-            transmit(&mut queues[TX], &output, signal)
-        });
-        *self.active.lock().unwrap() = Some(Active { worker, interrupt });
+    fn serve(&self, queues: &mut [VirtQueue], signal: &Signal) -> Result<(), Broken> {
+        self.receive(&mut queues[RX], signal)?;
+        self.transmit(&mut queues[TX], signal)
     }
 
-    fn notify(&self, _queue: u16) {
-        self.kick();
+    fn connect(&self, link: Link) {
+        // A console has one transport for its life.
+        let _ = self.link.set(link);
     }
 
-    fn reset(&self) {
-        let active = self.active.lock().unwrap().take();
-        drop(active);
+    fn save(&self) -> DeviceState {
+        DeviceState::Console(ConsoleState {
+            size: *self.size.lock().unwrap(),
+            input: self.input.lock().unwrap().iter().copied().collect(),
+        })
+    }
+
+    /// The size stays that of this console's terminal; a guest that knows another is told.
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        let DeviceState::Console(state) = state else {
+            return Err(state.is_not(self));
+        };
+        let size = *self.size.lock().unwrap();
+        if size.is_some() != state.size.is_some() {
+            let tells = |size: Option<_>| if size.is_some() { "tells" } else { "does not tell" };
+            return Err(StateError::new(format!(
+                "{} the guest its size, the snapshot's {}",
+                tells(size),
+                tells(state.size)
+            )));
+        }
+        let mut input = self.input.lock().unwrap();
+        state.input.iter().rev().for_each(|byte| input.push_front(*byte));
+        drop(input);
+        if size != state.size {
+            self.tell_size();
+        }
+        Ok(())
     }
 }
 

@@ -2,9 +2,11 @@
 
 use super::Segments;
 use posada_memory::GuestRam;
+use serde::{Deserialize, Serialize};
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 /// Bytes of a sector: the unit of all requests.
@@ -54,6 +56,7 @@ pub enum Error {
 #[derive(Debug)]
 pub struct Disk {
     file: File,
+    path: PathBuf,
     read_only: bool,
     /// Bytes; the last sector may reach beyond the file, and reads zeroes there.
     size: u64,
@@ -96,9 +99,23 @@ pub fn open_disk(path: &Path, read_only: bool) -> Result<Disk, Error> {
     }
     Ok(Disk {
         file,
+        path: path.into(),
         read_only,
         size: size.next_multiple_of(SECTOR),
     })
+}
+
+/// Which file a disk is on its host, and when it was last written to: a snapshot belongs to this content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskIdentity {
+    /// The host's device number of its file system, or of `/dev`.
+    pub device: u64,
+    /// Inode number.
+    pub inode: u64,
+    /// Last modification, seconds since 1970.
+    pub modified_seconds: i64,
+    /// And nanoseconds.
+    pub modified_nanoseconds: u32,
 }
 
 #[derive(Clone, Copy)]
@@ -117,7 +134,27 @@ impl Disk {
     pub fn try_clone(&self) -> io::Result<Self> {
         Ok(Self {
             file: self.file.try_clone()?,
+            path: self.path.clone(),
             ..*self
+        })
+    }
+
+    /// Where it was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Which file this is, and as of when.
+    ///
+    /// # Errors
+    /// What the host says.
+    pub fn identity(&self) -> io::Result<DiskIdentity> {
+        let metadata = self.file.metadata()?;
+        Ok(DiskIdentity {
+            device: metadata.dev(),
+            inode: metadata.ino(),
+            modified_seconds: metadata.mtime(),
+            modified_nanoseconds: metadata.mtime_nsec() as u32,
         })
     }
 
@@ -196,7 +233,10 @@ impl Disk {
     }
 
     /// Makes all writes so far durable.
-    pub(super) fn flush(&self) -> io::Result<()> {
+    ///
+    /// # Errors
+    /// What the host says; nothing is known of the writes then.
+    pub fn flush(&self) -> io::Result<()> {
         self.file.sync_data()
     }
 
@@ -253,6 +293,13 @@ impl Disk {
                 return Err(error);
             }
         }
+    }
+}
+
+/// For who copies the disk while no device uses it.
+impl AsFd for Disk {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
     }
 }
 

@@ -1,6 +1,7 @@
 //! A driver for the unit tests: sets a device up through its BAR as a guest would, and makes chains by hand.
 
-use super::{VirtioDevice, VirtioPci};
+use super::{VirtioDevice, VirtioPci, VirtioState};
+use crate::bell::NoDoorbells;
 use crate::msix;
 use crate::pci::PciFunction;
 use crate::testing::Sink;
@@ -35,7 +36,7 @@ impl Driver {
         let ram = Arc::new(GuestRam::new(RAM).unwrap());
         let sink = Sink::new();
         let queues = device.queue_sizes().len();
-        let pci = VirtioPci::new(device, ram.clone(), sink.clone());
+        let pci = VirtioPci::new(device, ram.clone(), sink.clone(), Arc::new(NoDoorbells)).unwrap();
         let mut driver = Self {
             ram,
             pci,
@@ -44,6 +45,31 @@ impl Driver {
         };
         driver.start(features);
         driver
+    }
+
+    /// Saves the device, through its written form, and goes on with another one in its place.
+    pub fn move_to(&mut self, device: Arc<dyn VirtioDevice>) {
+        self.pci.quiesce();
+        let text = serde_json::to_string(&self.pci.save()).unwrap();
+        let state: VirtioState = serde_json::from_str(&text).unwrap();
+        self.pci = VirtioPci::new(device, self.ram.clone(), self.sink.clone(), Arc::new(NoDoorbells)).unwrap();
+        self.pci.restore(&state).unwrap();
+        let mut again = self.pci.save();
+        // A console has its own size.
+        again.device = state.device.clone();
+        assert_eq!(again, state);
+        self.pci.resume();
+    }
+
+    /// The chains given back from number `from` on: head and bytes written.
+    pub fn answers(&self, queue: usize, from: u16) -> Vec<(u32, u32)> {
+        let answer = |number: u16| {
+            let at = Self::rings(queue) + USED + 4 + 8 * u64::from(number % SIZE);
+            let read = |at| self.ram.memory().read_obj(GuestAddress(at)).unwrap();
+            (read(at), read(at + 4))
+        };
+        let count = self.used(queue).wrapping_sub(from);
+        (0..count).map(|more| answer(from.wrapping_add(more))).collect()
     }
 
     pub fn start(&mut self, features: u64) {
@@ -126,6 +152,13 @@ impl Driver {
 
     /// Makes the chain at `head` available and notifies.
     pub fn offer(&mut self, queue: usize, head: u16) {
+        self.put_available(queue, head);
+        self.pci
+            .bar_write(0, 0x3000 + 4 * queue as u64, &(queue as u16).to_le_bytes());
+    }
+
+    /// Makes the chain at `head` available.
+    pub fn put_available(&mut self, queue: usize, head: u16) {
         let ring = Self::rings(queue) + AVAILABLE;
         let index = self.available[queue];
         let slot = ring + 4 + 2 * u64::from(index % SIZE);
@@ -133,8 +166,6 @@ impl Driver {
         self.available[queue] = index.wrapping_add(1);
         let next = self.available[queue];
         self.ram.memory().write_obj(next, GuestAddress(ring + 2)).unwrap();
-        self.pci
-            .bar_write(0, 0x3000 + 4 * queue as u64, &(queue as u16).to_le_bytes());
     }
 
     pub fn used(&self, queue: usize) -> u16 {

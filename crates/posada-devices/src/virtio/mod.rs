@@ -1,48 +1,66 @@
 //! virtio 1.2 devices on PCI: the transport, the queues and the devices.
 
+mod bells;
 pub mod blk;
 pub mod console;
 mod disk;
 #[cfg(test)]
 mod driver;
+mod interrupt;
 mod queue;
 pub mod rng;
+mod state;
 mod transport;
 mod worker;
 
+pub use interrupt::Interrupt;
 pub use queue::{Broken, Chain, Segments, VirtQueue};
-pub use transport::{Interrupt, VirtioPci};
+pub use state::{DeviceState, QueueState, VirtioState};
+pub use transport::VirtioPci;
 pub use worker::Signal;
 
-use posada_memory::GuestRam;
+use crate::state::StateError;
 use std::sync::Arc;
 
-/// What a driver has set up when it says DRIVER_OK.
-pub struct Activation {
-    /// Guest RAM.
-    pub ram: Arc<GuestRam>,
-    /// The device's queues, in order. One that the driver left disabled never has a chain.
-    pub queues: Vec<VirtQueue>,
-    /// The device's way to the driver.
-    pub interrupt: Arc<Interrupt>,
-    /// The negotiated features.
-    pub features: u64,
+/// What a device can do when something comes from the host's side.
+#[derive(Clone)]
+pub struct Link {
+    signal: Arc<Signal>,
+    interrupt: Arc<Interrupt>,
 }
 
-/// A virtio device behind a transport, which does negotiation and queue set-up.
+impl Link {
+    /// Has [`VirtioDevice::serve`] called, if the driver is ready.
+    pub fn wake(&self) {
+        self.signal.kick();
+    }
+
+    /// The device configuration has changed.
+    pub fn config_changed(&self) {
+        self.interrupt.config_changed();
+    }
+}
+
+/// A virtio device. The transport ([`VirtioPci`]) does the rest: negotiation, queue set-up, doorbells and a thread.
 ///
 /// ```text
-///             activate                  malformed chain or ring
+///             DRIVER_OK                 malformed chain or ring
 ///   ┌──────┐ ─────────► ┌────────┐ ───────────────────────────► ┌─────────────┐
-///   │ idle │            │ active │                              │ needs reset │
-///   └──────┘ ◄───────── └────────┘                              └─────────────┘
-///       ▲       reset                         reset                    │
-///       └──────────────────────────────────────────────────────────────┘
+///   │ idle │            │ active │ ◄──┐                         │ needs reset │
+///   └──────┘ ◄───────── └────────┘    │ resume                  └─────────────┘
+///      ▲ ▲      reset       │ quiesce │                                │
+///      │ │                  ▼         │                                │
+///      │ └───────────── ┌────────┐ ───┘                                │
+///      │      reset     │  held  │  save and restore are here          │
+///      │                └────────┘                                     │
+///      └──────────────────────────────────────────────────────────────┘
 /// ```
 ///
-/// `notify` and `read_config` may come in any state, from several vCPU threads at once; `activate` and `reset` come one at
-/// a time. A device that finds a malformed chain tells [`Interrupt::needs_reset`] and touches its queues no more.
+/// Only while it is active is `serve` called, on the device's own thread. All other functions may be called at any time
+/// from any thread; `restore` only while it is idle.
 pub trait VirtioDevice: Send + Sync {
+    /// For logs and threads: `blk`, `console`.
+    fn name(&self) -> &'static str;
     /// Device id, virtio 1.2 section 5.
     fn id(&self) -> u16;
     /// Feature bits 0 to 23 that it offers; the transport adds the reserved ones.
@@ -51,12 +69,22 @@ pub trait VirtioDevice: Send + Sync {
     fn queue_sizes(&self) -> &[u16];
     /// A load from the device configuration; bytes beyond it are zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// The driver is ready. Begins work on buffers that are there already.
-    fn activate(&self, activation: Activation);
-    /// There may be new buffers in `queue`. Called on a vCPU's thread: must not block.
-    fn notify(&self, queue: u16);
-    /// Back to idle. When this returns the device has let go of its queues and touches guest memory no more.
-    fn reset(&self);
+    /// Does what there is to do: called once the driver is ready, after each of its doorbells and after each [`Link::wake`].
+    /// Returns when nothing is left or, between two requests, when `signal` says stop. A queue that the driver left disabled
+    /// never has a chain.
+    ///
+    /// # Errors
+    /// [`Broken`]: the driver is told to reset the device, and the queues are touched no more.
+    fn serve(&self, queues: &mut [VirtQueue], signal: &Signal) -> Result<(), Broken>;
+    /// Called once, by the transport that takes the device.
+    fn connect(&self, _link: Link) {}
+    /// What the device itself keeps, beside transport and queues.
+    fn save(&self) -> DeviceState;
+    /// Takes what [`VirtioDevice::save`] gave in another process, perhaps long ago; it may be forged.
+    ///
+    /// # Errors
+    /// [`StateError`] names what does not fit this device.
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError>;
 }
 
 /// Copies what `data` covers of `config` from `offset`; zeroes beyond.

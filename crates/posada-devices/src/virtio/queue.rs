@@ -114,6 +114,16 @@ impl VirtQueue {
         }
     }
 
+    /// Guest RAM.
+    pub fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+
+    /// How far the device has got: chains taken and given back, both modulo 65,536.
+    pub(super) fn positions(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
+    }
+
     /// The next chain, if there is one.
     ///
     /// # Errors
@@ -168,13 +178,37 @@ impl VirtQueue {
         } else {
             // The driver's flag must be read after the used index is written.
             std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
-            let flags: Result<u16, _> = memory.read_obj(GuestAddress(self.queue.avail_ring()));
-            flags.map_or(true, |flags| u16::from_le(flags) & NO_INTERRUPT == 0)
+            self.available_word(0).is_none_or(|flags| flags & NO_INTERRUPT == 0)
         };
         if wanted {
             self.interrupt.queue(self.index);
         }
         Ok(())
+    }
+
+    /// The 16-bit word at `offset` of the available ring.
+    fn available_word(&self, offset: u64) -> Option<u16> {
+        let at = self.queue.avail_ring().checked_add(offset)?;
+        self.ram.memory().read_obj(GuestAddress(at)).ok().map(u16::from_le)
+    }
+
+    /// Interrupts the driver if it may still wait to hear of a chain that it has back. For a queue that was saved: a message
+    /// may have been on its way to a processor whose state was taken already. One too many does no harm.
+    pub(super) fn remind(&self) {
+        if !self.queue.ready() {
+            return;
+        }
+        let used = self.queue.next_used();
+        let waits = if self.queue.event_idx_enabled() {
+            // The driver wants to hear of the chain of this number, and that is behind us.
+            let event = self.available_word(4 + 2 * u64::from(self.queue.size()));
+            event.is_some_and(|event| used.wrapping_sub(event).wrapping_sub(1) < 1 << 15)
+        } else {
+            used != 0 && self.available_word(0).is_some_and(|flags| flags & NO_INTERRUPT == 0)
+        };
+        if waits {
+            self.interrupt.queue(self.index);
+        }
     }
 
     /// Asks for a notification of the next chain; true if one came meanwhile.
@@ -183,6 +217,17 @@ impl VirtQueue {
     /// [`Broken`] if the used ring is not in RAM.
     pub fn enable_notification(&mut self) -> Result<bool, Broken> {
         Ok(self.queue.ready() && self.queue.enable_notification(self.ram.memory())?)
+    }
+
+    /// Asks for no notifications.
+    ///
+    /// # Errors
+    /// [`Broken`] if the used ring is not in RAM.
+    pub fn disable_notification(&mut self) -> Result<(), Broken> {
+        if self.queue.ready() {
+            self.queue.disable_notification(self.ram.memory())?;
+        }
+        Ok(())
     }
 
     /// Serves chains until there are none or `signal` says stop; `serve` returns the bytes it wrote.
@@ -194,11 +239,9 @@ impl VirtQueue {
         signal: &Signal,
         mut serve: impl FnMut(&GuestRam, Chain) -> Result<u32, Broken>,
     ) -> Result<(), Broken> {
-        if !self.queue.ready() {
-            return Ok(());
-        }
         loop {
-            self.queue.disable_notification(self.ram.memory())?;
+            // With EVENT_IDX there is nothing to do for that: the driver rings only for the chain that was asked for.
+            self.disable_notification()?;
             while let Some(chain) = self.pop()? {
                 let head = chain.head;
                 let written = serve(&self.ram, chain)?;

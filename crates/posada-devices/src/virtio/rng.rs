@@ -1,10 +1,9 @@
 //! virtio-rng (virtio 1.2 section 5.4): the host's random numbers.
 
-use super::worker::Worker;
-use super::{Activation, VirtioDevice};
+use super::{Broken, DeviceState, Signal, VirtQueue, VirtioDevice};
+use crate::state::StateError;
 use std::fs::File;
 use std::io::{self, Read};
-use std::sync::Mutex;
 
 /// Most bytes given for one request; drivers ask for less and ask again.
 const MOST: u64 = 4096;
@@ -12,7 +11,6 @@ const MOST: u64 = 4096;
 /// The device.
 pub struct Rng {
     source: File,
-    worker: Mutex<Option<Worker>>,
 }
 
 impl Rng {
@@ -23,12 +21,15 @@ impl Rng {
     pub fn new() -> io::Result<Self> {
         Ok(Self {
             source: File::open("/dev/urandom")?,
-            worker: Mutex::new(None),
         })
     }
 }
 
 impl VirtioDevice for Rng {
+    fn name(&self) -> &'static str {
+        "rng"
+    }
+
     fn id(&self) -> u16 {
         4
     }
@@ -45,33 +46,23 @@ impl VirtioDevice for Rng {
         super::read_config(&[], offset, data);
     }
 
-    fn activate(&self, activation: Activation) {
-        let source = match self.source.try_clone() {
-            Ok(source) => source,
-            Err(error) => {
-                tracing::error!(%error, "virtio-rng has lost its source");
-                return activation.interrupt.needs_reset();
-            }
-        };
-        let worker = Worker::spawn("virtio-rng", activation, move |queues, signal| {
-            queues[0].drain(signal, |ram, mut chain| {
-                let mut bytes = vec![0; chain.writable.length().min(MOST) as usize];
-                let got = (&source).read(&mut bytes).unwrap_or(0);
-                Ok(chain.writable.write(ram, &bytes[..got]) as u32)
-            })
-        });
-        *self.worker.lock().unwrap() = Some(worker);
+    fn serve(&self, queues: &mut [VirtQueue], signal: &Signal) -> Result<(), Broken> {
+        queues[0].drain(signal, |ram, mut chain| {
+            let mut bytes = vec![0; chain.writable.length().min(MOST) as usize];
+            let got = (&self.source).read(&mut bytes).unwrap_or(0);
+            Ok(chain.writable.write(ram, &bytes[..got]) as u32)
+        })
     }
 
-    fn notify(&self, _queue: u16) {
-        if let Some(worker) = &*self.worker.lock().unwrap() {
-            worker.kick();
+    fn save(&self) -> DeviceState {
+        DeviceState::Rng
+    }
+
+    fn restore(&self, state: &DeviceState) -> Result<(), StateError> {
+        match state {
+            DeviceState::Rng => Ok(()),
+            _ => Err(state.is_not(self)),
         }
-    }
-
-    fn reset(&self) {
-        let worker = self.worker.lock().unwrap().take();
-        drop(worker);
     }
 }
 

@@ -9,13 +9,18 @@
 //! | 0x4000 | MSI-X table |
 //! | 0x5000 | MSI-X pending bits |
 
-use super::{Activation, VirtQueue, VirtioDevice};
+use super::bells::Bells;
+use super::worker::Worker;
+use super::{Interrupt, Link, Signal, VirtQueue, VirtioDevice};
+use crate::bell::Doorbells;
 use crate::bus::{get_le, put_le};
-use crate::msix::{self, Msix};
+use crate::msix;
 use crate::pci::{ConfigSpace, Identity, PciFunction};
 use posada_engine::MsiSink;
 use posada_memory::GuestRam;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
+use std::io;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex};
 use virtio_queue::{Queue, QueueT};
 
@@ -33,111 +38,62 @@ const NOTIFY_MULTIPLIER: u32 = 4;
 const VENDOR: u16 = 0x1af4;
 const DEVICE_BASE: u16 = 0x1040;
 const VENDOR_CAPABILITY: u8 = 9;
-const NO_VECTOR: u16 = 0xffff;
 
 /// VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1.
 const TRANSPORT_FEATURES: u64 = 1 << 28 | EVENT_IDX | VERSION_1;
 const EVENT_IDX: u64 = 1 << 29;
 const VERSION_1: u64 = 1 << 32;
 
-const DRIVER_OK: u8 = 4;
-const FEATURES_OK: u8 = 8;
-const NEEDS_RESET: u8 = 64;
-
-const ISR_QUEUE: u8 = 1;
-const ISR_CONFIG: u8 = 2;
-
-/// A device's way to its driver: queue and configuration interrupts.
-pub struct Interrupt {
-    msix: Msix,
-    config_vector: AtomicU16,
-    queue_vectors: Vec<AtomicU16>,
-    isr: AtomicU8,
-    generation: AtomicU8,
-    broken: AtomicBool,
-}
-
-impl Interrupt {
-    fn new(sink: Arc<dyn MsiSink>, queues: usize) -> Self {
-        Self {
-            msix: Msix::new(sink, queues as u16 + 1),
-            config_vector: AtomicU16::new(NO_VECTOR),
-            queue_vectors: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
-            isr: AtomicU8::new(0),
-            generation: AtomicU8::new(0),
-            broken: AtomicBool::new(false),
-        }
-    }
-
-    /// Buffers of `queue` were used.
-    pub fn queue(&self, queue: u16) {
-        self.isr.fetch_or(ISR_QUEUE, Ordering::Relaxed);
-        if let Some(vector) = self.queue_vectors.get(usize::from(queue)) {
-            self.msix.signal(vector.load(Ordering::Relaxed));
-        }
-    }
-
-    /// The device configuration has changed.
-    pub fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::Release);
-        self.config_interrupt();
-    }
-
-    /// The device cannot go on until the driver resets it.
-    pub fn needs_reset(&self) {
-        self.broken.store(true, Ordering::Release);
-        self.config_interrupt();
-    }
-
-    fn config_interrupt(&self) {
-        self.isr.fetch_or(ISR_CONFIG, Ordering::Relaxed);
-        self.msix.signal(self.config_vector.load(Ordering::Relaxed));
-    }
-
-    fn reset(&self) {
-        for vector in self.queue_vectors.iter().chain([&self.config_vector]) {
-            vector.store(NO_VECTOR, Ordering::Relaxed);
-        }
-        self.isr.store(0, Ordering::Relaxed);
-        self.broken.store(false, Ordering::Release);
-    }
-
-    /// What a driver asks for, or no vector if there is none such.
-    fn set_vector(&self, at: &AtomicU16, vector: u16) {
-        let valid = vector < self.msix.vectors();
-        at.store(if valid { vector } else { NO_VECTOR }, Ordering::Relaxed);
-    }
-}
+pub(super) const DRIVER_OK: u8 = 4;
+pub(super) const FEATURES_OK: u8 = 8;
+pub(super) const NEEDS_RESET: u8 = 64;
 
 /// What the driver says about a queue.
 #[derive(Clone, Copy)]
-struct QueueSetup {
-    size: u16,
-    enabled: bool,
+pub(super) struct QueueSetup {
+    pub(super) size: u16,
+    pub(super) enabled: bool,
     /// Descriptor table, available ring, used ring.
-    rings: [u64; 3],
+    pub(super) rings: [u64; 3],
 }
 
-struct Common {
-    status: u8,
-    device_select: u32,
-    driver_select: u32,
-    driver_features: u64,
-    queue_select: u16,
-    queues: Vec<QueueSetup>,
+/// Who has the queues.
+pub(super) enum Work {
+    /// Nobody: the driver is not ready, or has broken them.
+    Idle,
+    /// The device's thread.
+    Running(Worker),
+    /// We, as the machine stands still.
+    Held(Vec<VirtQueue>),
+}
+
+pub(super) struct Common {
+    pub(super) status: u8,
+    pub(super) device_select: u32,
+    pub(super) driver_select: u32,
+    pub(super) driver_features: u64,
+    pub(super) queue_select: u16,
+    pub(super) queues: Vec<QueueSetup>,
+    pub(super) work: Work,
+    /// The machine stands still: no thread may run.
+    pub(super) held: bool,
+    /// The queues come from a saved state and nobody has served them since.
+    pub(super) restored: bool,
 }
 
 /// A virtio device as a PCI function.
 pub struct VirtioPci {
-    device: Arc<dyn VirtioDevice>,
-    ram: Arc<GuestRam>,
-    interrupt: Arc<Interrupt>,
-    config: Mutex<ConfigSpace>,
-    msix_capability: u16,
+    pub(super) device: Arc<dyn VirtioDevice>,
+    pub(super) ram: Arc<GuestRam>,
+    pub(super) interrupt: Arc<Interrupt>,
+    pub(super) config: Mutex<ConfigSpace>,
+    pub(super) msix_capability: u16,
+    signal: Arc<Signal>,
+    bells: Bells,
     /// The capability by which BARs are accessed through configuration space (virtio 1.2 section 4.1.4.9).
     window: u16,
     // Held over activation and reset, so that those come one at a time. Devices and their threads never take it.
-    common: Mutex<Common>,
+    pub(super) common: Mutex<Common>,
 }
 
 /// Base class, sub-class, interface for a virtio device id.
@@ -150,8 +106,16 @@ fn class(id: u16) -> u32 {
 }
 
 impl VirtioPci {
-    /// Wraps `device`; its interrupts go to `sink`.
-    pub fn new(device: Arc<dyn VirtioDevice>, ram: Arc<GuestRam>, sink: Arc<dyn MsiSink>) -> Arc<Self> {
+    /// Wraps `device`; its interrupts go to `sink`, and `doorbells` may have its driver's notifications go past us.
+    ///
+    /// # Errors
+    /// When the process has no file descriptor left.
+    pub fn new(
+        device: Arc<dyn VirtioDevice>,
+        ram: Arc<GuestRam>,
+        sink: Arc<dyn MsiSink>,
+        doorbells: Arc<dyn Doorbells>,
+    ) -> io::Result<Arc<Self>> {
         let queues = device.queue_sizes().len();
         let interrupt = Arc::new(Interrupt::new(sink, queues));
         let id = DEVICE_BASE + device.id();
@@ -185,18 +149,25 @@ impl VirtioPci {
         add(4, DEVICE, REGION, &[]);
         let window = add(5, 0, 0, &[0; 4]).into();
         let common = Common::new(&*device);
-        Arc::new(Self {
+        let signal = Arc::new(Signal::new()?);
+        device.connect(Link {
+            signal: Arc::clone(&signal),
+            interrupt: Arc::clone(&interrupt),
+        });
+        Ok(Arc::new(Self {
             device,
             ram,
             interrupt,
             config: Mutex::new(config),
             msix_capability,
+            bells: Bells::new(doorbells, Arc::clone(&signal)),
+            signal,
             window,
             common: Mutex::new(common),
-        })
+        }))
     }
 
-    fn features(&self) -> u64 {
+    pub(super) fn features(&self) -> u64 {
         self.device.features() | TRANSPORT_FEATURES
     }
 
@@ -285,15 +256,18 @@ impl VirtioPci {
 
     fn set_status(&self, common: &mut Common, status: u8) {
         if status == 0 {
-            self.device.reset();
+            // Joins the device's thread.
+            common.work = Work::Idle;
             self.interrupt.reset();
-            *common = Common::new(&*self.device);
+            *common = Common {
+                held: common.held,
+                ..Common::new(&*self.device)
+            };
             return;
         }
         // Bits are only ever added; FEATURES_OK stays clear if we cannot do what the driver wants.
         let mut added = status & !common.status & !NEEDS_RESET;
-        let wanted = common.driver_features;
-        if added & FEATURES_OK != 0 && (wanted & VERSION_1 == 0 || wanted & !self.features() != 0) {
+        if added & FEATURES_OK != 0 && !self.can_do(common.driver_features) {
             added &= !FEATURES_OK;
         }
         if (common.status | added) & FEATURES_OK == 0 {
@@ -305,7 +279,18 @@ impl VirtioPci {
         }
     }
 
-    fn activate(&self, common: &Common) {
+    /// Whether these features may be what driver and device agree on.
+    pub(super) fn can_do(&self, features: u64) -> bool {
+        features & VERSION_1 != 0 && features & !self.features() == 0
+    }
+
+    /// The queues as the driver has set them up, each to go on from its position in available and used ring. Fails with the
+    /// number of one that is not in RAM.
+    pub(super) fn queues(
+        &self,
+        common: &Common,
+        position: impl Fn(usize) -> (u16, u16),
+    ) -> Result<Vec<VirtQueue>, usize> {
         let mut queues = Vec::new();
         for (index, (setup, largest)) in common.queues.iter().zip(self.device.queue_sizes()).enumerate() {
             let mut queue = Queue::new(*largest).expect("queue sizes are powers of two");
@@ -317,23 +302,74 @@ impl VirtioPci {
                 queue.set_avail_ring_address(available.0, available.1);
                 queue.set_used_ring_address(used.0, used.1);
                 queue.set_event_idx(common.driver_features & EVENT_IDX != 0);
+                let (next_available, next_used) = position(index);
+                queue.set_next_avail(next_available);
+                queue.set_next_used(next_used);
                 queue.set_ready(true);
                 // A misaligned address is not taken over.
                 let taken = [queue.desc_table(), queue.avail_ring(), queue.used_ring()] == setup.rings;
                 if !taken || !queue.is_valid(self.ram.memory()) {
-                    tracing::warn!(queue = index, "a guest's driver put a virtqueue outside RAM");
-                    return self.interrupt.needs_reset();
+                    return Err(index);
                 }
             }
             let interrupt = Arc::clone(&self.interrupt);
             queues.push(VirtQueue::new(queue, Arc::clone(&self.ram), interrupt, index as u16));
         }
-        self.device.activate(Activation {
-            ram: Arc::clone(&self.ram),
-            queues,
-            interrupt: Arc::clone(&self.interrupt),
-            features: common.driver_features,
-        });
+        Ok(queues)
+    }
+
+    fn activate(&self, common: &mut Common) {
+        match self.queues(common, |_| (0, 0)) {
+            Ok(queues) => {
+                self.interrupt.open();
+                common.work = Work::Held(queues);
+                if !common.held {
+                    self.start(common);
+                }
+            }
+            Err(queue) => {
+                tracing::warn!(queue, "a guest's driver put a virtqueue outside RAM");
+                self.interrupt.needs_reset();
+            }
+        }
+    }
+
+    /// Lets the device's thread have the queues, if we have them.
+    fn start(&self, common: &mut Common) {
+        common.work = match std::mem::replace(&mut common.work, Work::Idle) {
+            Work::Held(queues) => {
+                if std::mem::take(&mut common.restored) {
+                    queues.iter().for_each(VirtQueue::remind);
+                }
+                Work::Running(Worker::spawn(
+                    Arc::clone(&self.device),
+                    queues,
+                    Arc::clone(&self.signal),
+                    Arc::clone(&self.interrupt),
+                ))
+            }
+            work => work,
+        };
+    }
+
+    /// Stops the device between two requests: the one it is at is finished, answered and announced; all others stay in the
+    /// ring. Until [`VirtioPci::resume`] it touches neither guest memory nor what is behind it, and sends nothing.
+    pub fn quiesce(&self) {
+        let mut common = self.common.lock().unwrap();
+        common.held = true;
+        common.work = match std::mem::replace(&mut common.work, Work::Idle) {
+            Work::Running(worker) => worker.hold().map_or(Work::Idle, Work::Held),
+            work => work,
+        };
+        self.interrupt.hold(true);
+    }
+
+    /// Goes on where [`VirtioPci::quiesce`] or a restored state has stopped, and looks at all rings at once.
+    pub fn resume(&self) {
+        let mut common = self.common.lock().unwrap();
+        common.held = false;
+        self.interrupt.hold(false);
+        self.start(&mut common);
     }
 
     /// The BAR access that the driver has set up in the window capability: offset and width.
@@ -361,6 +397,9 @@ impl Common {
             driver_features: 0,
             queue_select: 0,
             queues: device.queue_sizes().iter().map(queue).collect(),
+            work: Work::Idle,
+            held: false,
+            restored: false,
         }
     }
 }
@@ -415,10 +454,19 @@ impl PciFunction for VirtioPci {
         let within = offset % REGION;
         match offset - within {
             COMMON => self.common_write(within, data),
-            NOTIFY => self.device.notify((within / u64::from(NOTIFY_MULTIPLIER)) as u16),
+            NOTIFY => self.signal.kick(),
             TABLE => self.interrupt.msix.table_write(within, data),
             _ => {}
         }
+    }
+
+    fn placed(&self, _bar: usize, range: Option<Range<u64>>) {
+        let bell = |queue: u64, base: u64| base + NOTIFY + queue * u64::from(NOTIFY_MULTIPLIER);
+        let queues = 0..self.device.queue_sizes().len() as u64;
+        self.bells.hang(match range {
+            Some(range) => queues.map(|queue| bell(queue, range.start)).collect(),
+            None => Vec::new(),
+        });
     }
 }
 

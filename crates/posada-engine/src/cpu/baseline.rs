@@ -46,6 +46,8 @@ const V2: &[&str] = &[
     "arat",
     "kvm_nop_io_delay",
     "kvm_clocksource",
+    "kvm_steal_time",
+    "kvm_pv_eoi",
     "kvm_clocksource_stable",
     "lahf",
     "syscall",

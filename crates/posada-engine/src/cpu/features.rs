@@ -165,8 +165,8 @@ features! {
     // clock on all vCPUs.
     kvm_nop_io_delay: 0x4000_0001 0 EAX 1 Us;
     kvm_clocksource: 0x4000_0001 0 EAX 3 Us;
-    kvm_steal_time: 0x4000_0001 0 EAX 5 Direct;
-    kvm_pv_eoi: 0x4000_0001 0 EAX 6 Direct;
+    kvm_steal_time: 0x4000_0001 0 EAX 5 Us;
+    kvm_pv_eoi: 0x4000_0001 0 EAX 6 Us;
     kvm_clocksource_stable: 0x4000_0001 0 EAX 24 Us;
     lahf: 0x8000_0001 0 ECX 0 Us;
     lzcnt: 0x8000_0001 0 ECX 5 Host;

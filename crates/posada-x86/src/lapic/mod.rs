@@ -5,6 +5,7 @@
 //! RAM lies.
 
 mod delivery;
+pub(crate) mod page;
 mod registers;
 mod service;
 #[cfg(test)]
@@ -14,6 +15,8 @@ mod timer;
 use crate::clock;
 use crate::core::{Core, flag};
 use crate::shared::mailbox::{Address, Mailbox};
+use posada_engine::ApicPage;
+pub(crate) use registers::base_valid;
 use timer::{Mode, Timer};
 
 /// APIC_BASE.EN.
@@ -92,9 +95,14 @@ pub struct Lapic {
     due: bool,
     /// The host TSC at which the alarm is set to ring, for all that the vCPU knows.
     alarm: Option<u64>,
-    nmi_pending: bool,
-    nmi_blocked: bool,
-    waiting_for_startup: bool,
+    /// The host TSC at which the registers last were those of a portable state.
+    shown: u64,
+    /// An NMI has arrived.
+    pub(crate) nmi_pending: bool,
+    /// NMIs are held until IRET.
+    pub(crate) nmi_blocked: bool,
+    /// The processor waits for INIT or SIPI.
+    pub(crate) waiting_for_startup: bool,
 }
 
 impl Default for Lapic {
@@ -116,6 +124,7 @@ impl Default for Lapic {
             timer: Timer::default(),
             due: false,
             alarm: None,
+            shown: 0,
             nmi_pending: false,
             nmi_blocked: false,
             waiting_for_startup: false,
@@ -141,6 +150,7 @@ impl Lapic {
         *self = Self {
             base: self.base,
             alarm: self.alarm,
+            shown: self.shown,
             nmi_pending: self.nmi_pending,
             nmi_blocked: self.nmi_blocked,
             waiting_for_startup: self.waiting_for_startup,
@@ -290,6 +300,37 @@ impl Core {
         self.leave_block();
     }
 
+    /// Takes from the mailbox what belongs to the local APIC, and lets its timer see the time.
+    pub(crate) fn settle_lapic(&mut self, now: u64) {
+        let mailbox = self.shared.mailbox();
+        self.lapic.nmi_pending |= mailbox.take_nmi();
+        self.lapic.take_posted(mailbox);
+        self.lapic.advance(now);
+    }
+
+    /// Replaces the local APIC's registers and mode at host time `now`, and the TSC deadline, by good ones.
+    pub(crate) fn set_lapic(&mut self, base: u64, page: Option<&ApicPage>, deadline: u64, now: u64) {
+        match page {
+            Some(page) => {
+                self.lapic.set_page(base, page, now);
+                self.set_tsc_deadline(deadline);
+            }
+            None => {
+                self.lapic.base = base & !registers::BSP;
+                if !self.lapic.enabled() {
+                    self.lapic.reset();
+                }
+                self.guest_tsc_moved();
+            }
+        }
+        self.shared.mailbox().set_address(self.lapic.address());
+    }
+
+    /// IA32_TSC_DEADLINE.
+    pub(crate) fn tsc_deadline(&self) -> u64 {
+        self.lapic.timer.deadline()
+    }
+
     /// The guest's TSC took a jump: a TSC deadline is as far away as it now says.
     pub(crate) fn guest_tsc_moved(&mut self) {
         self.set_tsc_deadline(self.lapic.timer.deadline());
@@ -297,8 +338,9 @@ impl Core {
 
     fn set_tsc_deadline(&mut self, deadline: u64) {
         let now = clock::host_tsc();
-        let guest_now = now.wrapping_add(self.msr.tsc_offset);
-        self.lapic.timer.set_deadline(deadline, now, guest_now);
+        let left = deadline.saturating_sub(self.guest_tsc_at(now));
+        let due = now.saturating_add(self.rate.host_span(left));
+        self.lapic.timer.set_deadline(deadline, due);
         self.set_alarm(now);
     }
 

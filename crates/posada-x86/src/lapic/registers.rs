@@ -10,12 +10,12 @@ use crate::fault::Exec;
 /// An integrated APIC with six LVT entries that can suppress EOI broadcasts.
 const VERSION: u32 = 0x0105_0014;
 /// IA32_APIC_BASE.BSP.
-const BSP: u64 = 1 << 8;
+pub(super) const BSP: u64 = 1 << 8;
 const IA32_APIC_BASE: u32 = 0x1b;
 const IA32_TSC_DEADLINE: u32 = 0x6e0;
 
 /// Register numbers: the offset in the page divided by 16, or the MSR less 800h.
-mod register {
+pub(super) mod register {
     pub const ID: u8 = 0x02;
     pub const VERSION: u8 = 0x03;
     pub const TPR: u8 = 0x08;
@@ -54,7 +54,7 @@ const ICR_WRITABLE: u64 = 0xffff_ffff_000c_cfff;
 
 /// Bits that software can set in a register of the page or, in x2APIC mode, must not go beyond. `None`: it cannot be
 /// written.
-fn writable(number: u8) -> Option<u32> {
+pub(super) fn writable(number: u8) -> Option<u32> {
     Some(match number {
         register::EOI | register::ESR => 0,
         register::TPR | register::SELF_IPI => 0xff,
@@ -69,6 +69,12 @@ fn writable(number: u8) -> Option<u32> {
     })
 }
 
+/// True for a value that IA32_APIC_BASE may have.
+pub(crate) fn base_valid(value: u64) -> bool {
+    let exist = BSP | X2APIC | ENABLE | (1 << crate::walk::PHYSICAL_BITS) - 0x1000;
+    value & !exist == 0 && value & (ENABLE | X2APIC) != X2APIC
+}
+
 /// Registers that only the page has; x2APIC mode has the self-IPI register instead.
 fn xapic_only(number: u8) -> bool {
     matches!(
@@ -79,7 +85,7 @@ fn xapic_only(number: u8) -> bool {
 
 impl Lapic {
     /// A register of vCPU `index` at host time `now`; `None`: there is none, or it cannot be read.
-    fn read(&mut self, number: u8, index: u32, now: u64) -> Option<u32> {
+    pub(super) fn read(&mut self, number: u8, index: u32, now: u64) -> Option<u32> {
         Some(match number {
             register::ID if self.x2apic() => index,
             register::ID => index << 24,
@@ -306,17 +312,19 @@ impl Core {
 
     /// IA32_APIC_BASE: address and mode (11.12.5 and figure 11-27).
     fn write_apic_base(&mut self, value: u64) -> Exec {
-        let reserved = !(BSP | X2APIC | ENABLE | (1 << crate::walk::PHYSICAL_BITS) - 0x1000);
         let (before, after) = (self.lapic.base & (ENABLE | X2APIC), value & (ENABLE | X2APIC));
         let both = ENABLE | X2APIC;
-        let forbidden = after == X2APIC || before == both && after == ENABLE || before == 0 && after == both;
-        if value & reserved != 0 || forbidden {
+        let forbidden = before == both && after == ENABLE || before == 0 && after == both;
+        if !base_valid(value) || forbidden {
             return self.general_protection();
         }
         self.lapic.take_posted(self.shared.mailbox());
         self.lapic.base = value & !BSP;
-        if after == 0 && before != 0 {
-            self.lapic.reset();
+        match after {
+            0 if before != 0 => self.lapic.reset(),
+            // x2APIC mode has a logical id of its own, and no models.
+            _ if after == both => (self.lapic.ldr, self.lapic.dfr) = (0, u32::MAX),
+            _ => {}
         }
         self.shared.mailbox().set_address(self.lapic.address());
         Ok(())

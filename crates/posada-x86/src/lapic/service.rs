@@ -3,10 +3,10 @@
 
 use crate::clock;
 use crate::core::{Core, flag, gpr, seg};
-use crate::fault::vector;
+use crate::fault::{Exception, vector};
 use crate::shared::mailbox::{CODE, INIT, KICK, NMI, POSTED, STARTUP};
-use posada_engine::{CpuState, Exit, Segment};
-use std::arch::x86_64::__cpuid;
+use crate::state::Undelivered;
+use posada_engine::{CpuState, Exit, PendingException, Segment};
 use std::time::Duration;
 
 /// CR0.CD and CR0.NW, which INIT keeps.
@@ -45,8 +45,9 @@ impl Core {
             }
             // What put the processor to sleep was the instruction that the shadow was for.
             self.interrupt_shadow &= !self.halted;
-            let delivered = !self.interrupt_shadow && self.deliver_interrupt();
+            let delivered = self.finish_delivery() || !self.interrupt_shadow && self.deliver_interrupt();
             if delivered || !self.halted {
+                self.tell_stolen_time(now);
                 // Another one may be due, or this one after the shadow.
                 self.interrupts_may_be_due();
                 self.set_alarm(now);
@@ -55,6 +56,29 @@ impl Core {
             let deaf = self.system_flags & flag::IF == 0;
             self.rest(self.lapic.next_interrupt().filter(|_| !deaf), now);
         }
+    }
+
+    /// Delivers what a state said to be in delivery.
+    fn finish_delivery(&mut self) -> bool {
+        if self.undelivered == Undelivered::default() {
+            return false;
+        }
+        let Undelivered { interrupt, exception } = std::mem::take(&mut self.undelivered);
+        self.halted = false;
+        if let Some(vector) = interrupt {
+            self.interrupt(vector);
+        }
+        if let Some(PendingException { vector, error }) = exception
+            && !self.shut_down
+        {
+            self.deliver(Exception {
+                vector,
+                error,
+                address: self.cr[2],
+                ..Exception::default()
+            });
+        }
+        true
     }
 
     /// Delivers an NMI or the highest interrupt, if the processor takes it now.
@@ -80,20 +104,24 @@ impl Core {
             self.shared.set_alarm(None);
         }
         let time = until.map(|until| Duration::from_nanos(clock::ticks_to_ns(until.saturating_sub(now)) + 1));
+        self.set_preempted(true);
         self.shared.mailbox().sleep(time);
+        self.set_preempted(false);
     }
 
     /// INIT (table 10-1): vCPU 0 goes on at the reset vector, the others wait for SIPI. Vector and x87 state, the TSC and
     /// most MSRs stay.
     fn init(&mut self) {
         let mut state = CpuState::reset();
-        state.xsave = self.state().xsave;
         state.cr0 = state.cr0 & !CACHE_BITS | self.cr[0] & CACHE_BITS;
-        state.gprs[gpr::RDX] = __cpuid(1).eax.into();
-        self.set_state(&state);
+        state.gprs[gpr::RDX] = self.shared.vm().model().signature.into();
+        self.set_registers(&state);
+        // As KVM: whoever runs next does not know what memory the last one gave away.
+        (self.msr.system_time, self.msr.steal_time, self.msr.pv_eoi) = (0, 0, 0);
         self.lapic.reset();
         self.shared.mailbox().set_address(self.lapic.address());
         (self.halted, self.shut_down, self.interrupt_shadow) = (false, false, false);
+        self.undelivered = Undelivered::default();
         (self.lapic.nmi_pending, self.lapic.nmi_blocked) = (false, false);
         self.lapic.waiting_for_startup = self.shared.index() != 0;
     }
@@ -113,12 +141,6 @@ impl Core {
     /// Makes the processor wait for SIPI, as all but vCPU 0 do from the start.
     pub fn wait_for_startup(&mut self) {
         self.lapic.waiting_for_startup = true;
-    }
-
-    /// Makes the processor run what its registers say: not halted, not shut down, not waiting for SIPI.
-    pub fn make_runnable(&mut self) {
-        (self.halted, self.shut_down, self.interrupt_shadow) = (false, false, false);
-        self.lapic.waiting_for_startup = false;
     }
 
     fn answer_announcements(&mut self) {

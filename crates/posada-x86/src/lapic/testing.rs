@@ -1,5 +1,6 @@
 //! Processors in real mode whose interrupt handlers lie at 0:vector, for the tests here.
 
+use super::Lapic;
 use crate::core::{Core, flag, gpr};
 use crate::shared::Vm;
 use posada_engine::Machine;
@@ -72,4 +73,65 @@ pub(crate) fn read(core: &mut Core, offset: u64) -> u32 {
 /// A store to the xAPIC page.
 pub(crate) fn write(core: &mut Core, offset: u64, value: u32) {
     core.physical_write(0xfee0_0000 + offset, &value.to_le_bytes());
+}
+
+/// All that a guest can change of a local APIC, by name, as of its last portable state.
+pub(crate) fn pieces(lapic: &Lapic) -> Vec<(&'static str, String)> {
+    // Whole, so that no field is forgotten.
+    let Lapic {
+        base,
+        tpr,
+        svr,
+        ldr,
+        dfr,
+        esr,
+        errors,
+        icr,
+        lvt,
+        irr,
+        isr,
+        tmr,
+        timer,
+        due,
+        alarm: _,
+        shown,
+        nmi_pending,
+        nmi_blocked,
+        waiting_for_startup,
+    } = lapic;
+    let mut pieces = vec![
+        ("base", format!("{base:x}")),
+        ("TPR", format!("{tpr:x}")),
+        ("SVR", format!("{svr:x}")),
+        ("LDR", format!("{ldr:x}")),
+        ("DFR", format!("{dfr:x}")),
+        ("ESR", format!("{esr:x}")),
+        ("errors", format!("{errors:x}")),
+        ("ICR", format!("{icr:x}")),
+        ("IRR", format!("{irr:x?}")),
+        ("ISR", format!("{isr:x?}")),
+        ("TMR", format!("{tmr:x?}")),
+        ("due", due.to_string()),
+        ("NMI pending", nmi_pending.to_string()),
+        ("NMI blocked", nmi_blocked.to_string()),
+        ("waiting for startup", waiting_for_startup.to_string()),
+    ];
+    let names = [
+        "LVT timer",
+        "LVT thermal",
+        "LVT performance",
+        "LVT LINT0",
+        "LVT LINT1",
+        "LVT error",
+    ];
+    pieces.extend(names.into_iter().zip(lvt.map(|entry| format!("{entry:x}"))));
+    pieces.extend(timer.pieces(*shown));
+    pieces
+}
+
+impl Lapic {
+    /// Brings the highest vector of the IRR into service.
+    pub(crate) fn acknowledge_for_tests(&mut self) {
+        self.acknowledge();
+    }
 }

@@ -37,6 +37,42 @@ pub(crate) struct Timer {
 }
 
 impl Timer {
+    /// A timer that shows these registers at `now`. One whose count is at 0 is about to expire, unless it `rests`: then it has
+    /// expired before. A TSC deadline is to be set anew.
+    pub(crate) fn showing(mode: Mode, divide: u32, initial: u32, current: u32, rests: bool, now: u64) -> Self {
+        let counts = mode != Mode::Deadline;
+        let mut timer = Self {
+            mode,
+            divide,
+            initial: if counts { initial } else { 0 },
+            due: None,
+            deadline: 0,
+        };
+        if timer.initial != 0 && !rests {
+            timer.due = Some(now.saturating_add(timer.ticks(current)));
+        }
+        timer
+    }
+
+    /// The timer has a count and does not count: it has expired.
+    pub(crate) fn rests(&self) -> bool {
+        self.initial != 0 && self.due.is_none()
+    }
+
+    /// True if both show the same registers, each at its moment.
+    pub(crate) fn shows_as(&self, at: u64, other: &Self, then: u64) -> bool {
+        let registers = |timer: &Self, at| {
+            (
+                timer.mode,
+                timer.divide,
+                timer.initial,
+                timer.current(at),
+                timer.rests(),
+            )
+        };
+        registers(self, at) == registers(other, then)
+    }
+
     /// The initial count register.
     pub(crate) fn initial(&self) -> u32 {
         self.initial
@@ -87,8 +123,10 @@ impl Timer {
     pub(crate) fn current(&self, now: u64) -> u32 {
         match self.due {
             Some(due) if self.mode != Mode::Deadline => {
-                let left = ticks_to_ns(due.saturating_sub(now)).div_ceil(self.count_ns());
-                left.min(self.initial.into()) as u32
+                let left = due.saturating_sub(now);
+                // The last count lasts until the end.
+                let count = ticks_to_ns(left).div_ceil(self.count_ns()).max(left.min(1));
+                count.min(self.initial.into()) as u32
             }
             _ => 0,
         }
@@ -103,11 +141,11 @@ impl Timer {
         }
     }
 
-    /// Writes IA32_TSC_DEADLINE, which counts in the guest's TSC: `guest_now` at host time `now`.
-    pub(crate) fn set_deadline(&mut self, deadline: u64, now: u64, guest_now: u64) {
+    /// Writes IA32_TSC_DEADLINE, which counts in the guest's TSC; the host's will be `due` then.
+    pub(crate) fn set_deadline(&mut self, deadline: u64, due: u64) {
         if self.mode == Mode::Deadline {
             self.deadline = deadline;
-            self.due = (deadline != 0).then(|| now.saturating_add(deadline.saturating_sub(guest_now)));
+            self.due = (deadline != 0).then_some(due);
         }
     }
 
@@ -123,6 +161,27 @@ impl Timer {
             self.due = Some(due + ((now - due) / period + 1) * period);
         }
         true
+    }
+}
+
+#[cfg(test)]
+impl Timer {
+    /// All that a guest can change of it, at host time `now`.
+    pub(crate) fn pieces(&self, now: u64) -> [(&'static str, String); 5] {
+        let Self {
+            mode,
+            divide,
+            initial,
+            due,
+            deadline,
+        } = self;
+        [
+            ("timer mode", format!("{mode:?}")),
+            ("divide", divide.to_string()),
+            ("initial count", initial.to_string()),
+            ("current count", format!("{} {}", self.current(now), due.is_some())),
+            ("deadline", deadline.to_string()),
+        ]
     }
 }
 
@@ -174,6 +233,37 @@ mod tests {
     }
 
     #[test]
+    fn a_timer_goes_on_from_what_it_showed() {
+        let later = NOW + (1 << 40);
+        for mode in [Mode::OneShot, Mode::Periodic] {
+            let mut timer = timer(mode, 3);
+            timer.start(1000, NOW);
+            let at = NOW + ns_to_ticks(4_000);
+            let shown = timer.current(at);
+            let other = Timer::showing(mode, timer.divide(), timer.initial(), shown, timer.rests(), later);
+            assert_eq!(
+                (other.current(later), other.due()),
+                (shown, Some(later + ns_to_ticks(12_000)))
+            );
+            assert!(timer.shows_as(at, &other, later) && !timer.shows_as(NOW, &other, later));
+        }
+        let mut timer = timer(Mode::OneShot, 3);
+        timer.start(1000, NOW);
+        let end = timer.due().unwrap();
+        assert_eq!((timer.current(end - 1), timer.current(end)), (1, 0));
+        // Not yet noticed, and noticed.
+        assert_eq!(
+            Timer::showing(Mode::OneShot, 3, 1000, 0, timer.rests(), later).due(),
+            Some(later)
+        );
+        assert!(timer.expire(end));
+        assert_eq!(
+            Timer::showing(Mode::OneShot, 3, 1000, 0, timer.rests(), later).due(),
+            None
+        );
+    }
+
+    #[test]
     fn a_new_divider_keeps_the_count() {
         let mut timer = timer(Mode::OneShot, 11);
         timer.start(1000, NOW);
@@ -192,17 +282,17 @@ mod tests {
             (0, None),
             "counts mean nothing in this mode"
         );
-        timer.set_deadline(5_000, NOW, 4_000);
+        timer.set_deadline(5_000, NOW + 1_000);
         assert_eq!((timer.due(), timer.current(NOW)), (Some(NOW + 1_000), 0));
         assert!(timer.expire(NOW + 1_000));
         assert_eq!((timer.deadline(), timer.due()), (0, None));
-        timer.set_deadline(3_000, NOW, 4_000);
+        timer.set_deadline(3_000, NOW);
         assert!(timer.expire(NOW), "a deadline in the past");
-        timer.set_deadline(u64::MAX, NOW, 4_000);
+        timer.set_deadline(u64::MAX, u64::MAX);
         assert!(!timer.expire(u64::MAX - 1));
         timer.set_mode(Mode::OneShot);
         assert_eq!((timer.deadline(), timer.due()), (0, None));
-        timer.set_deadline(9_000, NOW, 4_000);
+        timer.set_deadline(9_000, NOW + 5_000);
         assert_eq!(timer.due(), None);
     }
 }

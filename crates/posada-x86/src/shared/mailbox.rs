@@ -175,6 +175,29 @@ impl Mailbox {
         self.events.load(Ordering::Relaxed) & CODE != 0 && self.events.fetch_and(!CODE, Ordering::AcqRel) & CODE != 0
     }
 
+    /// Takes only the NMI bit: true if it was set.
+    pub(crate) fn take_nmi(&self) -> bool {
+        self.events.fetch_and(!NMI, Ordering::AcqRel) & NMI != 0
+    }
+
+    /// What has arrived of INIT and start-up interrupts (the last one's vector).
+    pub(crate) fn starts(&self) -> (bool, Option<u8>) {
+        let events = self.events.load(Ordering::Acquire);
+        let startup = (events & STARTUP != 0).then(|| self.startup_vector());
+        (events & INIT != 0, startup)
+    }
+
+    /// Replaces what [`Mailbox::starts`] tells.
+    pub(crate) fn set_starts(&self, init: bool, startup: Option<u8>) {
+        self.events.fetch_and(!(INIT | STARTUP), Ordering::AcqRel);
+        if init {
+            self.post_init();
+        }
+        if let Some(vector) = startup {
+            self.post_startup(vector);
+        }
+    }
+
     /// Sleeps until something is posted or the time is over; may also return early.
     pub(crate) fn sleep(&self, time: Option<Duration>) {
         let fell_asleep = self

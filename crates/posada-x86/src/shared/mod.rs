@@ -2,15 +2,18 @@
 
 mod alarm;
 pub(crate) mod mailbox;
+mod vm_clock;
 
 pub use mailbox::Mailbox;
+pub use vm_clock::VmClock;
 
-use crate::clock;
+use crate::clock::{self, Rate};
 use alarm::Alarms;
+use posada_engine::clock::Moment;
 use posada_engine::cpu::CpuModel;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 /// One VM's processors, for whoever sends them something.
 #[derive(Debug)]
@@ -18,8 +21,12 @@ pub struct Vm {
     mailboxes: Arc<[Arc<Mailbox>]>,
     model: CpuModel,
     alarms: OnceLock<Alarms>,
-    /// The VM's clock in ticks minus host TSC. When the VM was made, all its processors' counters started with it from 0.
-    tsc_offset: AtomicU64,
+    rate: Rate,
+    clock: Mutex<VmClock>,
+    /// How often the clock was set.
+    clock_settings: AtomicU64,
+    /// What the processors' counters were behind the host's TSC (at the guest's rate) when the VM was made: they started at 0.
+    tsc_offset: u64,
     /// Announcements of code so far.
     announcements: AtomicU64,
     /// Who is next in lowest-priority arbitration.
@@ -29,11 +36,16 @@ pub struct Vm {
 impl Vm {
     /// A VM with the processors of `model`; its clock starts now.
     pub fn new(model: CpuModel) -> Arc<Self> {
+        let rate = Rate::new(model.tsc_khz);
+        let host_tsc = rate.guest(clock::host_tsc());
         Arc::new(Self {
             mailboxes: (0..model.cpus).map(|_| Arc::default()).collect(),
             model,
             alarms: OnceLock::new(),
-            tsc_offset: AtomicU64::new(clock::host_tsc().wrapping_neg()),
+            rate,
+            clock: Mutex::new(VmClock::new(rate.khz(), 0, host_tsc)),
+            clock_settings: AtomicU64::new(0),
+            tsc_offset: host_tsc.wrapping_neg(),
             announcements: AtomicU64::new(0),
             turn: AtomicU32::new(0),
         })
@@ -68,15 +80,45 @@ impl Vm {
         &self.model
     }
 
-    /// The VM's clock, in ticks, minus host TSC: with it, all vCPUs' counters start.
-    pub fn tsc_offset(&self) -> u64 {
-        self.tsc_offset.load(Ordering::Relaxed)
+    /// How fast the processors' time stamp counters run.
+    pub fn rate(&self) -> Rate {
+        self.rate
     }
 
-    /// Sets the VM's clock to `ns` nanoseconds at the host's TSC `host_tsc`.
+    /// What to add to the host's TSC (at the guest's rate) for counters that started at 0 with the VM.
+    pub fn tsc_offset(&self) -> u64 {
+        self.tsc_offset
+    }
+
+    fn locked_clock(&self) -> MutexGuard<'_, VmClock> {
+        self.clock.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The VM's clock.
+    pub fn clock(&self) -> VmClock {
+        *self.locked_clock()
+    }
+
+    /// This moment on the VM's clock and the host's.
+    pub fn moment(&self) -> Moment {
+        let host_tsc = self.rate.guest(clock::host_tsc());
+        Moment {
+            vm_ns: self.clock().ns(host_tsc),
+            real_ns: clock::real_time_ns(),
+            host_tsc,
+        }
+    }
+
+    /// Sets the VM's clock to `ns` nanoseconds at the host's TSC `host_tsc` (at the guest's rate). Its processors tell the
+    /// guest when they next run.
     pub fn set_clock(&self, ns: u64, host_tsc: u64) {
-        let offset = clock::ns_to_ticks(ns).wrapping_sub(host_tsc);
-        self.tsc_offset.store(offset, Ordering::Relaxed);
+        *self.locked_clock() = VmClock::new(self.rate.khz(), ns, host_tsc);
+        self.clock_settings.fetch_add(1, Ordering::Release);
+    }
+
+    /// How often the clock was set.
+    pub(crate) fn clock_settings(&self) -> u64 {
+        self.clock_settings.load(Ordering::Acquire)
     }
 
     /// What vCPU `index` holds of the VM.
@@ -144,8 +186,8 @@ impl Shared {
 
     /// Nanoseconds from the Unix epoch to the VM's start, by the host's clock as it stands now.
     pub fn boot_time_ns(&self) -> u64 {
-        let since = clock::ticks_to_ns(clock::host_tsc().wrapping_add(self.vm.tsc_offset()));
-        clock::real_time_ns().saturating_sub(since)
+        let now = self.vm.moment();
+        now.real_ns.saturating_sub(now.vm_ns)
     }
 
     /// Sets or clears this vCPU's alarm: `delay` in nanoseconds.

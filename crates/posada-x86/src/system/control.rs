@@ -3,11 +3,11 @@
 use super::descriptor::canonical;
 use super::segments::WordPlace;
 use crate::core::{CodeSize, Core, flag, seg};
-use crate::cpuid::features;
 use crate::fault::{Exec, vector};
 use crate::insn::Insn;
 use crate::operand::Place;
 use crate::walk::PHYSICAL_BITS;
+use posada_engine::cpu::Features;
 
 const PE: u64 = 1;
 const TS: u64 = 1 << 3;
@@ -16,18 +16,36 @@ const NW: u64 = 1 << 29;
 const CD: u64 = 1 << 30;
 const PG: u64 = 1 << 31;
 /// The bits that exist.
-const CR0: u64 = 0xe005_003f;
-/// TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT UMIP FSGSBASE PCIDE SMEP SMAP.
-const CR4: u64 = 0x33_0ffc;
+pub(crate) const CR0: u64 = 0xe005_003f;
+/// TSD DE PSE PAE MCE PGE PCE OSFXSR OSXMMEXCPT.
+const CR4: u64 = 0x7fc;
 const PAE: u64 = 1 << 5;
 const PCIDE: u64 = 1 << 17;
 const OSXSAVE: u64 = 1 << 18;
+const UMIP: u64 = 1 << 11;
+const FSGSBASE: u64 = 1 << 16;
+const SMEP: u64 = 1 << 20;
+const SMAP: u64 = 1 << 21;
 const LME: u64 = 1 << 8;
 const LMA: u64 = 1 << 10;
 /// With CR4.PCIDE, in a value for CR3: keep what is cached of the new address space.
 const NO_FLUSH: u64 = 1 << 63;
 /// The address space's number in CR3.
 const PCID: u64 = 0xfff;
+
+/// The bits of CR4 that exist on a processor with these features.
+pub(crate) fn cr4_bits(features: &Features) -> u64 {
+    [
+        (features.umip, UMIP),
+        (features.fsgsbase, FSGSBASE),
+        (features.pcid, PCIDE),
+        (features.xsave, OSXSAVE),
+        (features.smep, SMEP),
+        (features.smap, SMAP),
+    ]
+    .into_iter()
+    .fold(CR4, |bits, (there, bit)| if there { bits | bit } else { bits })
+}
 
 impl Core {
     /// #GP(0) outside privilege level 0.
@@ -105,7 +123,7 @@ impl Core {
     /// # Errors
     /// #GP(0) for reserved bits, when PAE is cleared in long mode, or when PCIDE is set outside it or with a PCID in CR3.
     pub fn write_cr4(&mut self, value: u64) -> Exec {
-        let exist = CR4 | if features().xsave { OSXSAVE } else { 0 };
+        let exist = cr4_bits(&self.shared.vm().model().features);
         let starts_pcids = value & !self.cr[4] & PCIDE != 0;
         if value & !exist != 0
             || self.long_mode() && value & PAE == 0

@@ -36,6 +36,16 @@ fn access(core: &mut Core, insn: &Insn) -> Exec<usize> {
     Ok(number)
 }
 
+/// DR6 as it reads back after `value` was written.
+pub(crate) fn dr6(value: u64) -> u64 {
+    value & DR6_WRITABLE | DR6_FIXED
+}
+
+/// DR7 as it reads back after `value` was written.
+pub(crate) fn dr7(value: u64) -> u64 {
+    value & DR7_WRITABLE | DR7_FIXED
+}
+
 impl Core {
     /// DR6 bits of the break points that are on, of a kind that is `wanted` and have a byte among `length` at `address`.
     fn breakpoints(&self, address: u64, length: u64, wanted: impl Fn(u64) -> bool) -> u64 {
@@ -91,8 +101,8 @@ pub fn mov_to_dr(core: &mut Core, insn: &Insn) -> Exec {
     }
     let before = core.dr[7];
     core.dr[number] = match number {
-        6 => value & DR6_WRITABLE | DR6_FIXED,
-        7 => value & DR7_WRITABLE | DR7_FIXED,
+        6 => dr6(value),
+        7 => dr7(value),
         _ => value,
     };
     // Pages with data break points stay out of the TLBs.

@@ -11,6 +11,7 @@ pub mod misc;
 mod pvclock;
 pub mod segments;
 mod stack;
+pub(crate) mod steal;
 pub mod tables;
 
 #[cfg(test)]

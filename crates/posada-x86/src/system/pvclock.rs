@@ -1,33 +1,21 @@
 //! KVM's paravirtual clock, by which guests read the time without leaving user mode (Linux,
 //! Documentation/virt/kvm/x86/msr.rst).
 
-use crate::clock;
 use crate::core::Core;
 
 /// MSR_KVM_SYSTEM_TIME_NEW: the structure is in use.
 const ENABLED: u64 = 1;
 /// pvclock_vcpu_time_info: all vCPUs' clocks agree.
-const TSC_STABLE: u32 = 1;
+const TSC_STABLE: u8 = 1;
+/// pvclock_vcpu_time_info: the VM was stopped; the guest's watchdogs clear it, and forgive the pause.
+const STOPPED: u8 = 2;
+/// Offset of the flags in pvclock_vcpu_time_info.
+const FLAGS: u64 = 29;
 /// Bytes of pvclock_vcpu_time_info.
 const TIME_INFO: u64 = 32;
 /// Bytes of pvclock_wall_clock.
 const WALL_CLOCK: u64 = 12;
 const SECOND: u64 = 1_000_000_000;
-
-/// How guests make nanoseconds of TSC ticks: `(ticks << shift) * multiplier >> 32`, with a negative shift to the right.
-fn scale(tsc_khz: u64) -> (u32, i8) {
-    let mut frequency = tsc_khz * 1000;
-    let mut shift = 0;
-    while frequency > SECOND * 2 {
-        frequency >>= 1;
-        shift -= 1;
-    }
-    while frequency <= SECOND {
-        frequency <<= 1;
-        shift += 1;
-    }
-    (((SECOND << 32) / frequency) as u32, shift)
-}
 
 impl Core {
     /// Writes words behind a version that is odd meanwhile; nothing if they are not wholly in RAM.
@@ -59,24 +47,49 @@ impl Core {
         self.update_pvclock();
     }
 
-    /// Tells the guest again how its TSC and its clock hang together, after either has moved. The line goes through the VM's
-    /// start on every vCPU, so that they agree to the tick for as long as the VM lives.
+    /// Tells the guest again how its TSC and its clock hang together, after either has moved. The line goes through the same
+    /// moment on every vCPU, so that they agree to the tick.
     pub(crate) fn update_pvclock(&mut self) {
+        let vm = self.shared.vm();
+        let settings = vm.clock_settings();
+        let clock = vm.clock();
+        let stopped = std::mem::replace(&mut self.clock_settings, settings) != settings;
+        self.pvclock_stale = false;
         let at = self.msr.system_time;
         if at & ENABLED == 0 {
             return;
         }
-        let start = self.msr.tsc_offset.wrapping_sub(self.shared.vm().tsc_offset());
-        let (multiplier, shift) = scale(clock::tsc_khz());
-        let flags = u32::from(shift as u8) | TSC_STABLE << 8;
-        let words = [0, start as u32, (start >> 32) as u32, 0, 0, multiplier, flags];
-        self.publish(at & !3, TIME_INFO, &words);
+        let at = at & !3;
+        let mut flags = [0];
+        if self.ram.contains(at, TIME_INFO) {
+            self.physical_read(at + FLAGS, &mut flags);
+        }
+        let flags = flags[0] & STOPPED | if stopped { STOPPED } else { 0 } | TSC_STABLE;
+        let tsc = clock.host_tsc.wrapping_add(self.msr.tsc_offset);
+        let words = [
+            0,
+            tsc as u32,
+            (tsc >> 32) as u32,
+            clock.ns as u32,
+            (clock.ns >> 32) as u32,
+            clock.multiplier,
+            u32::from(clock.shift as u8) | u32::from(flags) << 8,
+        ];
+        self.publish(at, TIME_INFO, &words);
+    }
+
+    /// Before guest code runs, perhaps after a rest: the VM's clock or the processor's state may have been set.
+    pub(crate) fn catch_up(&mut self) {
+        if self.pvclock_stale || self.clock_settings != self.shared.vm().clock_settings() {
+            self.update_pvclock();
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock;
     use crate::mmu::tests::core;
 
     /// What a guest computes.
@@ -85,24 +98,11 @@ mod tests {
         core.physical_read(gpa, &mut bytes);
         let word = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
         assert_eq!(word(0) & 1, 0);
-        assert_eq!(bytes[29], 1);
+        assert_eq!(bytes[29] & TSC_STABLE, TSC_STABLE);
         let delta = tsc.wrapping_sub(u64::from(word(8)) | u64::from(word(12)) << 32);
         let shift = bytes[28] as i8;
         let scaled = if shift < 0 { delta >> -shift } else { delta << shift };
         (u128::from(scaled) * u128::from(word(24)) >> 32) as u64 + (u64::from(word(16)) | u64::from(word(20)) << 32)
-    }
-
-    #[test]
-    fn the_scale_is_that_of_the_counter() {
-        for khz in [
-            100_000, 999_999, 1_000_000, 1_000_001, 2_000_000, 2_095_078, 4_000_000, 5_300_000,
-        ] {
-            let (multiplier, shift) = scale(khz);
-            let ticks = khz * 1_000_000;
-            let scaled = if shift < 0 { ticks >> -shift } else { ticks << shift };
-            let ns = u128::from(scaled) * u128::from(multiplier) >> 32;
-            assert!(ns.abs_diff(1000 * u128::from(SECOND)) < 1000, "{khz} kHz: {ns} ns");
-        }
     }
 
     #[test]
@@ -118,6 +118,41 @@ mod tests {
         let mut version = [0; 4];
         core.physical_read(0x8100, &mut version);
         assert_eq!(u32::from_le_bytes(version), 4);
+    }
+
+    fn flags(core: &mut Core) -> u8 {
+        let mut flags = [0];
+        core.physical_read(0x8100 + FLAGS, &mut flags);
+        flags[0]
+    }
+
+    #[test]
+    fn a_clock_that_was_set_says_once_that_the_vm_was_stopped() {
+        let mut core = core();
+        core.write_system_time(0x8100 | ENABLED);
+        assert_eq!(flags(&mut core), TSC_STABLE);
+        let host = clock::host_tsc();
+        core.shared.vm().set_clock(77 * SECOND, host);
+        core.catch_up();
+        assert_eq!(flags(&mut core), TSC_STABLE | STOPPED);
+        let tsc = host.wrapping_add(core.msr.tsc_offset);
+        assert_eq!(nanoseconds(&mut core, 0x8100, tsc), 77 * SECOND);
+        // It stays until the guest has seen it.
+        core.update_pvclock();
+        assert_eq!(flags(&mut core), TSC_STABLE | STOPPED);
+        core.physical_write(0x8100 + FLAGS, &[TSC_STABLE]);
+        core.update_pvclock();
+        core.catch_up();
+        assert_eq!(flags(&mut core), TSC_STABLE);
+    }
+
+    #[test]
+    fn the_guest_computes_what_the_vm_does() {
+        let mut core = core();
+        core.write_system_time(0x8100 | ENABLED);
+        let moment = core.shared.vm().moment();
+        let tsc = moment.host_tsc.wrapping_add(core.msr.tsc_offset);
+        assert_eq!(nanoseconds(&mut core, 0x8100, tsc), moment.vm_ns);
     }
 
     #[test]

@@ -253,8 +253,10 @@ fn init_of_the_boot_processor_leads_to_the_reset_vector() {
     core.vector.mxcsr = 0x1f00;
     core.cr[0] = 0x11;
     core.shut_down = true;
+    (core.msr.system_time, core.msr.steal_time, core.msr.pv_eoi) = (0x9001, 0x9041, 0x9081);
     core.shared.mailbox().post_init();
     assert_eq!(core.service(), None);
+    assert_eq!((core.msr.system_time, core.msr.steal_time, core.msr.pv_eoi), (0, 0, 0));
     assert_eq!((core.rip(), core.segments[seg::CS].base), (0xfff0, 0xffff_0000));
     assert_eq!(
         (core.cr[0], core.vector.ymm[3][20], core.vector.mxcsr),
