@@ -2,7 +2,7 @@
 
 mod guest;
 
-use guest::{CODE, Guest, entry, model};
+use guest::{CODE, Guest, entry, model, whole};
 use posada_engine::clock::Moment;
 use posada_engine::{Activity, CpuState, Engine, Error, Exit, PendingException, Segment, msr};
 use posada_kvm::Kvm;
@@ -57,6 +57,9 @@ fn busy(guest: &mut Guest) -> CpuState {
         (*msr::MTRR_VARIABLE.start(), 0x8000_0006),
     ]
     .into();
+    // Not every processor has all of them.
+    let there = guest.vcpus[0].state().unwrap().msrs;
+    state.msrs.retain(|register, _| there.contains_key(register));
     state.apic_base = 0xfee0_0d00;
     let mut page = guest.vcpus[0].state().unwrap().apic.unwrap();
     page.set(0x20, 0);
@@ -67,7 +70,9 @@ fn busy(guest: &mut Guest) -> CpuState {
     page.set(0x110, 1 << 3);
     page.set(0x210, 1 << 9);
     state.apic = Some(page);
-    state.msrs.insert(msr::TSC_DEADLINE, u64::MAX >> 1);
+    if there.contains_key(&msr::TSC_DEADLINE) {
+        state.msrs.insert(msr::TSC_DEADLINE, u64::MAX >> 1);
+    }
     state.tsc_offset = Some(0u64.wrapping_sub(1 << 40));
     state.activity = Activity::Halted;
     state.events.nmi_blocked = true;
@@ -186,7 +191,10 @@ fn a_processor_that_has_its_sipi_starts() {
 
 #[test]
 fn impossible_states_are_refused_with_the_reason() {
-    let Some(mut guest) = Guest::new(1, &[0xf4]) else { return };
+    if !whole() {
+        return;
+    }
+    let mut guest = Guest::new(1, &[0xf4]).unwrap();
     let mut refuse = |change: &dyn Fn(&mut CpuState), part: &str| {
         let mut state = entry();
         change(&mut state);

@@ -90,10 +90,26 @@ pub fn model(cpus: u32) -> Option<CpuModel> {
     match Kvm::offer() {
         Ok(offer) => Some(CpuModel::new(&offer, cpus, None).unwrap()),
         Err(error) => {
+            assert!(std::env::var_os("POSADA_WHOLE_KVM").is_none(), "{error}");
             eprintln!("skipped: {error}");
             None
         }
     }
+}
+
+/// Whether the host's KVM is Linux's own on a processor with virtualization, and no lookalike that leaves out what few guests
+/// need; prints so where it is not. Where the environment has `POSADA_WHOLE_KVM` it must be.
+pub fn whole() -> bool {
+    let Some(mut guest) = Guest::new(1, &[]) else { return false };
+    let mut state = entry();
+    // A memory type that does not exist.
+    state.msrs.insert(posada_engine::msr::PAT, 2);
+    let whole = guest.vcpus[0].set_state(&state).is_err();
+    if !whole {
+        assert!(std::env::var_os("POSADA_WHOLE_KVM").is_none(), "this KVM is not whole");
+        eprintln!("skipped: this host's KVM does not do all that Linux's own does");
+    }
+    whole
 }
 
 impl Guest {
