@@ -140,7 +140,7 @@ fn auto_chooses_here_what_this_machine_bears() {
 }
 
 #[test]
-fn auto_chooses_kvm_in_the_test_host_and_does_without_where_there_is_none() {
+fn auto_runs_vms_on_kvm_in_the_test_host_and_without_where_there_is_none() {
     let Some(nested) = TestHost::start() else { return };
     let host = Host {
         nested: Some(&nested),
