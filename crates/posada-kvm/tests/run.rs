@@ -56,7 +56,9 @@ fn string_instructions_reach_the_machine_item_by_item() {
     guest.vcpus[0].set_state(&state).unwrap();
     let state = guest.run_until_halted();
     assert_eq!((state.gprs[1], state.gprs[6], state.gprs[7]), (0, 0x2006, 0x3005));
-    let mut expected: Vec<Event> = [[1, 2], [3, 4], [5, 6]].map(|item| Event::Out(0x77, item.into())).into();
+    let mut expected: Vec<Event> = [[1, 2], [3, 4], [5, 6]]
+        .map(|item| Event::Out(0x77, item.into()))
+        .into();
     expected.extend([(); 5].map(|()| Event::In(0x77, 1)));
     assert_eq!(guest.machine.take(), expected);
     let read: Vec<u8> = (0..5).map(|at| guest.byte(0x3000 + at)).collect();
@@ -217,7 +219,9 @@ fn a_fault_that_nobody_handles_ends_in_a_report_until_a_new_state() {
     state.idtr.limit = 0;
     guest.vcpus[0].set_state(&state).unwrap();
     let exit = guest.vcpus[0].run();
-    let Exit::TripleFault(report) = &exit else { panic!("{exit:?}") };
+    let Exit::TripleFault(report) = &exit else {
+        panic!("{exit:?}")
+    };
     assert!(report.starts_with("vCPU 0 in real mode"), "{report}");
     let lost = report.contains("registers are lost");
     assert!(lost || report.contains("code at rip: 0f 0b"), "{report}");
@@ -349,10 +353,7 @@ fn the_machine_hears_of_the_ends_of_its_level_triggered_interrupts() {
     sink.route_pin(9, None);
     run_to(&mut guest, 1);
     assert_eq!(guest.machine.take(), [Event::End(0x40)]);
-    sink.signal_msi(Msi {
-        data: 0x4040,
-        ..level
-    });
+    sink.signal_msi(Msi { data: 0x4040, ..level });
     run_to(&mut guest, 2);
     assert_eq!(guest.machine.take(), [], "an edge has no end");
 }
