@@ -11,9 +11,11 @@
 //!
 //! A *life* is what lies between two resets. A stop from outside outlasts them.
 
+use crate::machine::Machine;
 use crate::notify::Notify;
-use posada_engine::{DebugControl, Kick, Vcpu};
+use posada_engine::{DebugControl, Engine, Kick, Vcpu};
 use posada_memory::GuestRam;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
@@ -46,19 +48,25 @@ pub enum Ending {
     Quit,
     /// This signal ended it.
     Signal(i32),
+    /// It was saved to go on later.
+    Saved,
 }
 
 impl Ending {
     /// True if it comes from outside the guest and a reset must not swallow it.
     fn is_stop(&self) -> bool {
-        matches!(self, Ending::Quit | Ending::Signal(_) | Ending::Failed)
+        matches!(self, Ending::Quit | Ending::Signal(_) | Ending::Failed | Ending::Saved)
     }
 }
 
-/// The processors and memory of one life.
+/// The processors, devices and memory of one life.
 pub struct Life {
     /// Guest RAM.
     pub ram: Arc<GuestRam>,
+    /// What made the vCPUs, and has the VM's clock.
+    pub engine: Arc<dyn Engine>,
+    /// The devices.
+    pub machine: Arc<Machine>,
     /// The vCPUs. Each is locked by its thread while it runs; who has paused the VM may lock them all.
     pub cpus: Vec<Mutex<Box<dyn Vcpu>>>,
     /// Their kickers.
@@ -71,7 +79,10 @@ struct State {
     ending: Option<Ending>,
     stop: Option<Ending>,
     closed: bool,
+    /// The debugger has stopped the VM.
     paused: bool,
+    /// Others who want it to stand still.
+    holds: usize,
     /// vCPUs inside the engine.
     inside: usize,
     debugger: Option<Debugger>,
@@ -97,6 +108,41 @@ impl State {
         if let Some(life) = &self.life {
             life.kicks.iter().for_each(|kick| kick.kick());
         }
+    }
+}
+
+/// How a VM is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Condition {
+    /// It boots or resets.
+    Starting,
+    /// Its vCPUs run, or sleep as the guest wants.
+    Running,
+    /// Its vCPUs stand still.
+    Paused,
+    /// They stand still for gdb.
+    Debugged,
+    /// It ends.
+    Ending,
+}
+
+/// A life whose vCPUs stand still: [`Control::hold`].
+pub(crate) struct Hold {
+    control: Arc<Control>,
+    life: Arc<Life>,
+}
+
+impl Hold {
+    pub(crate) fn life(&self) -> &Life {
+        &self.life
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.control.lock().holds -= 1;
+        self.control.changed.notify_all();
     }
 }
 
@@ -172,7 +218,7 @@ impl Control {
                 .as_ref()
                 .and_then(|debugger| debugger.only)
                 .is_some_and(|only| only != cpu);
-            if !state.paused && !held {
+            if !state.paused && state.holds == 0 && !held {
                 break;
             }
             state = self
@@ -229,12 +275,54 @@ impl Control {
     pub(crate) fn pause(&self) {
         let mut state = self.lock();
         state.paused = true;
+        drop(self.stand_still(state));
+    }
+
+    fn stand_still<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         state.kick();
         while state.inside > 0 {
             state = self
                 .changed
                 .wait(state)
                 .unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
+        state
+    }
+
+    /// Has all vCPUs stand still, whatever a debugger does, until the value is dropped. If the VM is being reset, waits for
+    /// its next life; `None` once the VM has gone.
+    pub(crate) fn hold(self: &Arc<Self>) -> Option<Hold> {
+        loop {
+            let hold = Hold {
+                life: self.life()?,
+                control: self.clone(),
+            };
+            let mut state = self.lock();
+            state.holds += 1;
+            let state = self.stand_still(state);
+            let same = state.life.as_ref().is_some_and(|life| Arc::ptr_eq(life, &hold.life));
+            if same && !state.ended() {
+                return Some(hold);
+            }
+        }
+    }
+
+    /// The life now, if there is one.
+    pub(crate) fn now(&self) -> Option<Arc<Life>> {
+        self.lock().life.clone()
+    }
+
+    /// How the VM is.
+    pub(crate) fn condition(&self) -> Condition {
+        let state = self.lock();
+        match &state.life {
+            _ if state.stop.is_some() || state.closed => Condition::Ending,
+            Some(_) if state.ending.is_none() => match (&state.debugger, state.holds) {
+                (Some(_), _) if state.paused => Condition::Debugged,
+                (_, 0) => Condition::Running,
+                _ => Condition::Paused,
+            },
+            _ => Condition::Starting,
         }
     }
 

@@ -49,8 +49,6 @@ pub enum Error {
 
 /// What differs from machine to machine.
 pub struct Parts<'a> {
-    /// Number of vCPUs.
-    pub cpus: u32,
     /// Disks, in the order of their slots.
     pub disks: &'a [BlkDisk],
     /// Where COM1 prints, and when.
@@ -97,7 +95,7 @@ impl Doorbells for Bells {
 }
 
 impl Machine {
-    /// Builds the devices and puts the ACPI tables into `ram`. Interrupts go to `engine`, the guest's endings to `control`.
+    /// Builds the devices. Interrupts go to `engine`, the guest's endings to `control`.
     ///
     /// # Errors
     /// [`Error`].
@@ -163,7 +161,6 @@ impl Machine {
             None => None,
         };
 
-        put_firmware(ram, parts.cpus)?;
         Ok(Self {
             ports,
             mmio,
@@ -190,8 +187,12 @@ fn power_sink(control: &Arc<Control>) -> PowerSink {
     })
 }
 
-/// What a guest finds of a firmware: the ACPI tables, and the way to a reset that Linux takes when it has no EFI.
-fn put_firmware(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
+/// Puts into `ram` what a guest finds of a firmware: the ACPI tables, and the way to a reset that Linux takes when it has no
+/// EFI.
+///
+/// # Errors
+/// [`Error::Host`] when `ram` ends below 1 MiB.
+pub(crate) fn put_firmware(ram: &GuestRam, cpus: u32) -> Result<(), Error> {
     let window = layout::PCI_WINDOW;
     let tables = acpi::build(
         cpus,

@@ -74,6 +74,8 @@ pub fn config(dir: &TempDir) -> Config {
         gdb: None,
         debug_exit: true,
         no_reboot: false,
+        control: None,
+        restore: None,
     }
 }
 

@@ -4,10 +4,12 @@ use crate::boot::{self, Source};
 use crate::console::{self, Console, ConsoleConfig, Sink};
 use crate::control::{Control, Ending, Life};
 use crate::machine::{self, Machine, Parts};
+use crate::remote::{self, Server};
+use crate::snapshot::{self, Restore, Subject};
 use crate::{gdb, resident};
 use posada_devices::virtio::blk::{BlkDisk, DiskError, open_disk};
 use posada_engine::cpu::CpuModel;
-use posada_engine::{CpuState, Engine, Exit};
+use posada_engine::{CpuState, Engine, Exit, Vcpu};
 use posada_memory::GuestRam;
 use std::io;
 use std::path::PathBuf;
@@ -54,6 +56,10 @@ pub struct Config {
     pub debug_exit: bool,
     /// End instead of beginning anew when the guest resets.
     pub no_reboot: bool,
+    /// The socket at which commands reach the VM.
+    pub control: Option<PathBuf>,
+    /// Go on from this snapshot instead of a boot: [`crate::snapshot::Snapshot::into_config`].
+    pub restore: Option<Arc<Restore>>,
 }
 
 /// How a VM went.
@@ -99,6 +105,12 @@ pub enum Error {
     /// gdb's address.
     #[error(transparent)]
     Gdb(#[from] gdb::Error),
+    /// The control socket.
+    #[error(transparent)]
+    Control(#[from] remote::Error),
+    /// The snapshot.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
     /// The host gives no thread.
     #[error("the host gives no thread for a vCPU: {0}; stop other programs or use fewer --cpus")]
     Thread(io::Error),
@@ -121,11 +133,28 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
         .iter()
         .map(|disk| open_disk(&disk.path, disk.read_only))
         .collect::<Result<Vec<BlkDisk>, DiskError>>()?;
-    // Everything that can be wrong with the kernel comes out before the console or gdb's socket are touched.
-    let mut booted = Some(boot(config, &source)?);
+    let subject = Arc::new(Subject {
+        config: config.clone(),
+        source,
+        disks,
+    });
+    // Everything that can be wrong with the kernel or the snapshot comes out before the console or a socket is touched.
+    let mut first = Some(match &config.restore {
+        Some(restore) => {
+            restore.check_disks(&subject.disks)?;
+            let ram = reserve(config)?;
+            restore.load(&ram)?;
+            (ram, Start::Snapshot(restore))
+        }
+        None => boot(&subject)?,
+    });
     let gdb = config.gdb.as_ref().map(gdb::Listener::bind).transpose()?;
+    let remote = config.control.as_deref().map(remote::Listener::bind).transpose()?;
     let console = Console::open(&config.console, control)?;
     let _gdb = gdb.map(|listener| listener.serve(control.clone())).transpose()?;
+    let _remote = remote
+        .map(|listener| Server::start(listener, control.clone(), subject.clone()))
+        .transpose()?;
 
     let mut report = Report {
         ending: Ending::Reset,
@@ -134,11 +163,11 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
         touched: 0,
     };
     loop {
-        let (ram, entry) = match booted.take() {
-            Some(booted) => booted,
-            None => boot(config, &source)?,
+        let (ram, start) = match first.take() {
+            Some(first) => first,
+            None => boot(&subject)?,
         };
-        let life = Life::new(config, &disks, &console, ram, &entry, make_engine, control)?;
+        let life = Life::new(&subject, &console, ram, start, make_engine, control)?;
         report.ending = live(&life, control)?;
         console.connect(None);
         report.instructions += life.instructions();
@@ -151,28 +180,42 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
     }
 }
 
-fn boot(config: &Config, source: &Source) -> Result<(Arc<GuestRam>, CpuState), Error> {
+fn reserve(config: &Config) -> Result<Arc<GuestRam>, Error> {
     let ram = Arc::new(GuestRam::new(config.memory)?);
     resident::keep_apart(&ram);
-    let entry = source.load(&ram)?;
-    Ok((ram, entry))
+    Ok(ram)
+}
+
+/// RAM as a boot finds it.
+fn boot(subject: &Subject) -> Result<(Arc<GuestRam>, Start<'static>), Error> {
+    let ram = reserve(&subject.config)?;
+    let entry = subject.source.load(&ram)?;
+    machine::put_firmware(&ram, subject.config.model.cpus)?;
+    Ok((ram, Start::Boot(Box::new(entry))))
+}
+
+/// How a life begins, beside its RAM.
+enum Start<'a> {
+    /// vCPU 0 enters the kernel.
+    Boot(Box<CpuState>),
+    /// All goes on.
+    Snapshot(&'a Restore),
 }
 
 impl Life {
     fn new(
-        config: &Config,
-        disks: &[BlkDisk],
+        subject: &Subject,
         console: &Console,
         ram: Arc<GuestRam>,
-        entry: &CpuState,
+        start: Start<'_>,
         make_engine: MakeEngine<'_>,
         control: &Arc<Control>,
     ) -> Result<Arc<Self>, Error> {
+        let config = &subject.config;
         let engine = make_engine(ram.clone(), &config.model)?;
         let virtio_console = config.virtio_console.then(|| console.writer()).transpose();
         let parts = Parts {
-            cpus: config.model.cpus,
-            disks,
+            disks: &subject.disks,
             com1: console.writer().map_err(console::Error::Stdio)?,
             virtio_console: virtio_console.map_err(console::Error::Stdio)?.map(|(writer, _)| writer),
             debug_exit: config.debug_exit,
@@ -182,25 +225,55 @@ impl Life {
         for index in 0..config.model.cpus {
             cpus.push(engine.create_vcpu(index, machine.clone())?);
         }
-        cpus[0].set_state(entry)?;
+        match start {
+            Start::Boot(entry) => cpus[0].set_state(&entry)?,
+            Start::Snapshot(restore) => restore_state(restore, &*engine, &mut cpus, &machine)?,
+        }
         console.connect(Some(match &machine.console {
             Some(console) => Sink::Virtio(console.clone()),
             None => Sink::Com1(machine.com1.clone()),
         }));
         Ok(Arc::new(Self {
             ram,
+            engine,
+            machine,
             kicks: cpus.iter().map(|cpu| cpu.kicker()).collect(),
             cpus: cpus.into_iter().map(Mutex::new).collect(),
         }))
     }
 
     fn instructions(&self) -> u64 {
-        let count = |cpu: &Mutex<Box<dyn posada_engine::Vcpu>>| match cpu.lock() {
+        let count = |cpu: &Mutex<Box<dyn Vcpu>>| match cpu.lock() {
             Ok(cpu) => cpu.counters().instructions,
             Err(poisoned) => poisoned.into_inner().counters().instructions,
         };
         self.cpus.iter().map(count).sum()
     }
+}
+
+/// Has clock, processors and devices go on from where they were, at the time that it is now.
+fn restore_state(
+    restore: &Restore,
+    engine: &dyn Engine,
+    cpus: &mut [Box<dyn Vcpu>],
+    machine: &Machine,
+) -> Result<(), Error> {
+    let state = restore.state();
+    let now = engine.clock()?;
+    let (moment, more) = state.clock.resume(now.real_ns, now.host_tsc);
+    engine.set_clock(moment)?;
+    for (index, (cpu, state)) in cpus.iter_mut().zip(&state.cpus).enumerate() {
+        let mut state = state.clone();
+        state.tsc_offset = state.tsc_offset.map(|offset| offset.wrapping_add(more));
+        let set = cpu.set_state(&state);
+        set.map_err(|error| restore.unfit(format!("vCPU {index}: {error}")))?;
+    }
+    // The devices' interrupts go to APICs that are as they were.
+    machine
+        .restore(&state.machine)
+        .map_err(|error| restore.unfit(error.to_string()))?;
+    machine.resume();
+    Ok(())
 }
 
 /// Runs a life to its end.

@@ -1,11 +1,13 @@
 //! `posada doctor`: what this host offers, and what each thing means for VMs.
 
+use crate::accel::{self, Chosen, Kind};
 use clap::Args;
+use posada_vmm::probe::{self, Decision, End, Outcome, Phase};
 use serde::Serialize;
 use std::ffi::CStr;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::{FromRawFd, OwnedFd};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -15,6 +17,10 @@ pub struct Arguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
+
+    /// Run the probe program anew, by which --accel auto decides between KVM and the software CPU
+    #[arg(long)]
+    probe: bool,
 }
 
 /// How a thing stands.
@@ -37,6 +43,66 @@ struct Check {
     found: String,
     /// What that means.
     meaning: &'static str,
+    /// Figures behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    figures: Option<Figures>,
+}
+
+/// What the probe program has measured.
+#[derive(Debug, PartialEq, Serialize)]
+struct Figures {
+    /// Not in this run.
+    cached: bool,
+    /// Nanoseconds of processor time that something costs on both engines; nothing where the program did not get that far.
+    costs: Vec<Cost>,
+    /// Seconds of processor time for a boot of Linux, by those; only of an engine on which the program has finished.
+    boot_seconds: Pair,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Cost {
+    of: &'static str,
+    #[serde(flatten)]
+    nanoseconds: Pair,
+}
+
+#[derive(Debug, PartialEq, Serialize)]
+struct Pair {
+    kvm: Option<f64>,
+    emulator: Option<f64>,
+}
+
+impl Figures {
+    fn new(decision: &Decision, cached: bool) -> Self {
+        let pair = |figure: &dyn Fn(&Outcome) -> Option<f64>| Pair {
+            kvm: figure(&decision.kvm),
+            emulator: figure(&decision.emulator),
+        };
+        let cost = |phase: Phase| Cost {
+            of: phase.one(),
+            nanoseconds: pair(&|outcome| Some(probe::unit_seconds(outcome, phase)? * 1e9)),
+        };
+        Self {
+            cached,
+            // The start runs once, unmeasurably short.
+            costs: Phase::ALL.into_iter().skip(1).map(cost).collect(),
+            boot_seconds: pair(&|outcome| (outcome.end == End::Finished).then(|| probe::boot_seconds(outcome))),
+        }
+    }
+
+    /// Lines for people.
+    fn print(&self) {
+        let text = |seconds: Option<f64>| seconds.map_or("-".into(), probe::time);
+        let line = |what: &str, pair: &Pair, unit: f64| {
+            let [kvm, emulator] = [pair.kvm, pair.emulator].map(|value| text(value.map(|value| value * unit)));
+            println!("{:<32}{what:<28}{kvm:>10}{emulator:>14}", "");
+        };
+        println!("{:<60}{:>10}{:>14}", "", "KVM", "software CPU");
+        for cost in &self.costs {
+            line(cost.of, &cost.nanoseconds, 1e-9);
+        }
+        line("a boot of Linux, by these", &self.boot_seconds, 1.0);
+    }
 }
 
 /// Runs the command. It never fails: a host without anything can still run VMs.
@@ -45,6 +111,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         kernel(),
         cpu(),
         kvm(),
+        engine(&accel::auto(arguments.probe)),
         userfaultfd(),
         transparent_huge_pages(),
         huge_page_pool(),
@@ -63,6 +130,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         };
         println!("{:<24}{status:<8}{}", check.name, check.found);
         println!("{:<32}{}", "", check.meaning);
+        if let Some(figures) = &check.figures {
+            figures.print();
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -88,6 +158,7 @@ fn kernel() -> Check {
         status,
         found: release,
         meaning,
+        figures: None,
     }
 }
 
@@ -133,42 +204,20 @@ fn cpu() -> Check {
         status,
         found,
         meaning,
+        figures: None,
     }
-}
-
-/// What an open /dev/kvm says: version 12 and that it makes a VM.
-fn try_kvm(device: &File) -> Result<(), String> {
-    const KVM_GET_API_VERSION: libc::c_ulong = 0xae00;
-    const KVM_CREATE_VM: libc::c_ulong = 0xae01;
-    // SAFETY: takes no pointer.
-    let version = unsafe { libc::ioctl(device.as_raw_fd(), KVM_GET_API_VERSION as _, 0) };
-    if version != 12 {
-        return Err(format!("/dev/kvm speaks version {version}, not 12"));
-    }
-    // SAFETY: takes no pointer.
-    let vm = unsafe { libc::ioctl(device.as_raw_fd(), KVM_CREATE_VM as _, 0) };
-    if vm < 0 {
-        return Err(format!("/dev/kvm makes no VM: {}", io::Error::last_os_error()));
-    }
-    // SAFETY: the descriptor is new and ours alone.
-    drop(unsafe { OwnedFd::from_raw_fd(vm) });
-    Ok(())
 }
 
 fn kvm() -> Check {
-    let tried = match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(device) => try_kvm(&device),
-        Err(error) => Err(format!("/dev/kvm: {error}")),
-    };
-    let (status, found, meaning) = match tried {
-        Ok(()) => (
+    let (status, found, meaning) = match posada_kvm::Kvm::offer() {
+        Ok(_) => (
             Status::Yes,
             "/dev/kvm makes VMs".into(),
-            "Hardware virtualisation is there; how fast it is inside another VM only a running guest shows.",
+            "There is a KVM; whether it runs guests properly and fast is measured: see the next line.",
         ),
-        Err(found) => (
+        Err(error) => (
             Status::No,
-            found,
+            error.to_string(),
             "VMs run on the software CPU, which needs nothing of the host.",
         ),
     };
@@ -177,6 +226,36 @@ fn kvm() -> Check {
         status,
         found,
         meaning,
+        figures: None,
+    }
+}
+
+/// What `posada run --accel auto` takes.
+fn engine(chosen: &Chosen) -> Check {
+    let (status, meaning) = match chosen.kind {
+        Kind::Kvm => (
+            Status::Yes,
+            "VMs run on the host's processor, unless --accel emulate says otherwise.",
+        ),
+        Kind::Emulator => (
+            Status::Partly,
+            "VMs run on the software CPU, unless --accel kvm says otherwise.",
+        ),
+    };
+    let made = match &chosen.decision {
+        Some((_, true)) => " (measured before, in this boot)",
+        Some((_, false)) => " (measured now)",
+        None => "",
+    };
+    Check {
+        name: "engine",
+        status,
+        found: format!("{}, since {}{made}", chosen.kind, chosen.reason),
+        meaning,
+        figures: chosen
+            .decision
+            .as_ref()
+            .map(|(decision, cached)| Figures::new(decision, *cached)),
     }
 }
 
@@ -213,6 +292,7 @@ fn userfaultfd() -> Check {
         status,
         found,
         meaning,
+        figures: None,
     }
 }
 
@@ -238,6 +318,7 @@ fn transparent_huge_pages() -> Check {
         status,
         found: chosen.unwrap_or_else(|| "not in this kernel".into()),
         meaning,
+        figures: None,
     }
 }
 
@@ -255,6 +336,7 @@ fn huge_page_pool() -> Check {
         status,
         found: format!("{} pages", pages.unwrap_or(0)),
         meaning,
+        figures: None,
     }
 }
 
@@ -293,6 +375,7 @@ fn cgroups() -> Check {
             status,
             found: format!("version 2 with {controllers}"),
             meaning,
+            figures: None,
         };
     }
     let mounted: Vec<&str> = CONTROLLERS
@@ -324,6 +407,7 @@ fn cgroups() -> Check {
         status,
         found,
         meaning,
+        figures: None,
     }
 }
 
@@ -346,6 +430,7 @@ fn tun() -> Check {
         status,
         found,
         meaning,
+        figures: None,
     }
 }
 
@@ -354,9 +439,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_not_kvm_is_not_usable() {
-        let null = File::open("/dev/null").unwrap();
-        assert!(try_kvm(&null).unwrap_err().contains("version -1"));
+    fn the_engine_s_line_has_the_reason_and_the_figures_that_there_are() {
+        let outcome = |phases: &[Phase], end| Outcome {
+            phases: phases
+                .iter()
+                .map(|phase| (*phase, 1e-6 * f64::from(phase.repeats())))
+                .collect(),
+            end,
+        };
+        let decision = probe::decide(
+            outcome(&Phase::ALL[..3], End::Late(Phase::SystemCalls, 1.0)),
+            outcome(&Phase::ALL, End::Finished),
+        );
+        let check = engine(&Chosen {
+            kind: Kind::Emulator,
+            offer: posada_x86::Emulator::offer(),
+            reason: decision.reason.clone(),
+            decision: Some((decision, true)),
+            notice: None,
+        });
+        assert!(check.found.starts_with("the software CPU, since KVM"), "{check:?}");
+        assert!(
+            check.found.contains("system calls") && check.found.contains("before"),
+            "{check:?}"
+        );
+        let json = serde_json::to_value(&check).unwrap();
+        let figures = &json["figures"];
+        assert_eq!(figures["cached"], true);
+        assert_eq!(figures["costs"][1]["of"], "a page fault");
+        assert!((figures["costs"][1]["kvm"].as_f64().unwrap() - 1000.0).abs() < 1.0);
+        assert!(figures["costs"][2]["kvm"].is_null() && figures["costs"][2]["emulator"].is_number());
+        assert!(figures["boot_seconds"]["kvm"].is_null() && figures["boot_seconds"]["emulator"].is_number());
     }
 
     #[test]

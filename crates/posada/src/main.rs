@@ -1,14 +1,17 @@
 //! The `posada` command. See `posada help`.
 
+mod accel;
+mod control;
 mod doctor;
-mod engine;
 mod run;
 mod signals;
 mod size;
+mod snapshot;
 mod summary;
 
 use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
 
@@ -29,6 +32,10 @@ POSADA_LOG=posada_vmm=debug. Without it warnings are.";
 #[derive(Subcommand)]
 enum Command {
     Run(run::Arguments),
+    Status(control::StatusArguments),
+    Pause(control::PauseArguments),
+    Resume(control::ResumeArguments),
+    Snapshot(snapshot::Arguments),
     Doctor(doctor::Arguments),
 }
 
@@ -48,9 +55,14 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
         .init();
     let result = match arguments.command {
         Command::Run(arguments) => run::run(&arguments),
+        Command::Status(arguments) => control::status(&arguments),
+        Command::Pause(arguments) => control::pause(&arguments),
+        Command::Resume(arguments) => control::resume(&arguments),
+        Command::Snapshot(arguments) => snapshot::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     };
     result.unwrap_or_else(|error| {

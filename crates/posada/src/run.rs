@@ -1,13 +1,15 @@
 //! `posada run`: one VM in this process.
 
-use crate::{engine, signals, size, summary};
-use anyhow::anyhow;
+use crate::accel::{self, Accelerator, Chosen};
+use crate::{signals, size, summary};
 use clap::{Args, ValueEnum};
 use posada_engine::cpu::{Baseline, CpuModel};
 use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
-use posada_vmm::vm::{self, Config, DiskConfig, MakeEngine};
+use posada_vmm::snapshot::Snapshot;
+use posada_vmm::vm::{self, Config, DiskConfig};
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
@@ -24,7 +26,8 @@ const AFTER_HELP: &str = "\
 Console on a terminal: Ctrl-A x ends the VM, Ctrl-A h lists commands, Ctrl-A Ctrl-A sends Ctrl-A.
 
 Exit codes:
-  0           the guest powered off, or reset with --no-reboot, or you left by Ctrl-A x
+  0           the guest powered off, or reset with --no-reboot, or you left by Ctrl-A x,
+              or the VM was saved with --stop
   2           the guest crashed (triple fault); its registers are on standard error
   (v << 1)|1  the guest wrote v to the debug-exit port
   125         bad arguments, or the VM cannot start
@@ -40,33 +43,38 @@ Example:
 #[command(after_help = AFTER_HELP)]
 pub struct Arguments {
     /// Kernel: Linux bzImage, ELF with a PVH note, or multiboot 1
-    #[arg(long, value_name = "PATH")]
-    kernel: PathBuf,
+    #[arg(
+        long,
+        value_name = "PATH",
+        required_unless_present = "restore",
+        conflicts_with = "restore"
+    )]
+    kernel: Option<PathBuf>,
 
     /// Initial RAM file system; the first module of a multiboot kernel
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with = "restore")]
     initramfs: Option<PathBuf>,
 
     /// Kernel command line [default: console=ttyS0, with --virtio-console console=hvc0 too]
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "restore")]
     cmdline: Option<String>,
 
     /// Raw disk image or block device, as /dev/vda, /dev/vdb and so on; ,ro behind the path forbids writes
     #[arg(long = "disk", value_name = "PATH[,ro]", value_parser = clap::value_parser!(std::ffi::OsString))]
     disks: Vec<std::ffi::OsString>,
 
-    /// Number of virtual CPUs, 1 to 8
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u32,
+    /// Number of virtual CPUs, 1 to 8 [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
 
     /// What the virtual CPUs can do: all that this host offers, or a level that other hosts offer too, for a VM that is to
-    /// move
-    #[arg(long, value_enum, default_value_t = Model::Host)]
-    cpu_model: Model,
+    /// move [default: host]
+    #[arg(long, value_enum, conflicts_with = "restore")]
+    cpu_model: Option<Model>,
 
-    /// Guest memory, as in 512M or 2GiB; the host gives it only as the guest touches it
-    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = size::parse)]
-    memory: u64,
+    /// Guest memory, as in 512M or 2GiB; the host gives it only as the guest touches it [default: 1GiB]
+    #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+    memory: Option<u64>,
 
     /// What the guest's serial port COM1 is connected to: stdio, file:PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
@@ -76,12 +84,20 @@ pub struct Arguments {
     #[arg(long)]
     virtio_console: bool,
 
+    /// Have a socket here by which posada status, pause, resume and snapshot reach the VM
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
+    /// Go on from a snapshot instead of booting; --disk then names copies of its disks, in their order
+    #[arg(long, value_name = "DIR")]
+    restore: Option<PathBuf>,
+
     /// Let gdb attach here: PORT, HOST:PORT or a socket's path (with a slash)
     #[arg(long, value_name = "ADDRESS")]
     gdb: Option<Address>,
 
-    /// How guest code runs
-    #[arg(long, value_enum, default_value_t = Accelerator::Emulate)]
+    /// How guest code runs; auto measures once what is faster, and posada doctor shows what it found
+    #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
     accel: Accelerator,
 
     /// Have the port 0xf4, through which a test kernel ends the VM with an exit code
@@ -95,14 +111,6 @@ pub struct Arguments {
     /// At the end write what the run has cost to this file, as JSON
     #[arg(long, value_name = "PATH")]
     summary: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Accelerator {
-    /// The host's KVM
-    Kvm,
-    /// The software CPU
-    Emulate,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -155,41 +163,110 @@ fn disk(text: &OsStr) -> DiskConfig {
     }
 }
 
-/// Runs the command.
-pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+/// Memory of a VM whose user does not say.
+const MEMORY: u64 = 1 << 30;
+
+/// What to run, and on what.
+fn prepare(arguments: &Arguments) -> anyhow::Result<(Config, Chosen)> {
     let default_cmdline = if arguments.virtio_console {
         "console=ttyS0 console=hvc0"
     } else {
         "console=ttyS0"
     };
-    let offer = match arguments.accel {
-        Accelerator::Kvm => posada_kvm::Kvm::offer()?,
-        Accelerator::Emulate => posada_x86::Emulator::offer(),
+    let snapshot = arguments.restore.as_deref().map(Snapshot::open).transpose()?;
+    if let Some(snapshot) = &snapshot {
+        agree(arguments, snapshot)?;
+    }
+    let mut chosen = accel::choose(arguments.accel)?;
+    let model = match &snapshot {
+        Some(snapshot) => {
+            chosen = fitting(chosen, arguments.accel, snapshot)?;
+            snapshot.model().clone()
+        }
+        None => {
+            let level = arguments.cpu_model.unwrap_or(Model::Host);
+            chosen.model(arguments.cpus.unwrap_or(1), level.baseline())?
+        }
     };
-    let model = CpuModel::new(&offer, arguments.cpus, arguments.cpu_model.baseline()).map_err(|feature| {
-        anyhow!("this host lacks {feature}, a part of the chosen --cpu-model; use --cpu-model host")
-    })?;
-    let config = Config {
-        kernel: arguments.kernel.clone(),
+    let disks = arguments.disks.iter().map(|text| disk(text)).collect();
+    let mut config = Config {
+        kernel: arguments.kernel.clone().unwrap_or_default(),
         initramfs: arguments.initramfs.clone(),
         cmdline: arguments.cmdline.clone().unwrap_or_else(|| default_cmdline.into()),
-        disks: arguments.disks.iter().map(|text| disk(text)).collect(),
+        disks: Vec::new(),
         model,
-        memory: arguments.memory,
+        memory: arguments.memory.unwrap_or(MEMORY),
         console: arguments.console.0.clone(),
         virtio_console: arguments.virtio_console,
         gdb: arguments.gdb.clone(),
         debug_exit: arguments.debug_exit,
         no_reboot: arguments.no_reboot,
+        control: arguments.control.clone(),
+        restore: None,
     };
+    match snapshot {
+        Some(snapshot) => config = snapshot.into_config(disks, config)?,
+        None => config.disks = disks,
+    }
+    Ok((config, chosen))
+}
+
+/// A snapshot says what machine its VM has: who says otherwise is told so.
+fn agree(arguments: &Arguments, snapshot: &Snapshot) -> anyhow::Result<()> {
+    let (cpus, memory) = (snapshot.model().cpus, snapshot.memory());
+    let refuse = |why: String| Err(snapshot.unfit(why).into());
+    match (arguments.cpus, arguments.memory) {
+        (Some(wanted), _) if wanted != cpus => {
+            refuse(format!("its VM has {cpus} CPUs, not {wanted}; leave out --cpus"))
+        }
+        (_, Some(wanted)) if wanted != memory => refuse(format!(
+            "its VM has {} of memory, not {}; leave out --memory",
+            size::of(memory),
+            size::of(wanted)
+        )),
+        _ if arguments.virtio_console && !snapshot.virtio_console() => {
+            refuse("its VM has no virtio console; leave out --virtio-console".into())
+        }
+        _ if arguments.debug_exit && !snapshot.debug_exit() => {
+            refuse("its VM has no debug-exit port; leave out --debug-exit".into())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The engine that was chosen, or if `auto` chose one that cannot go on with the VM, the software CPU where that can.
+fn fitting(chosen: Chosen, wanted: Accelerator, snapshot: &Snapshot) -> anyhow::Result<Chosen> {
+    let Err(why) = snapshot.model().fits(&chosen.offer) else {
+        return Ok(chosen);
+    };
+    if wanted == Accelerator::Auto {
+        let other = accel::choose(Accelerator::Emulate)?;
+        if snapshot.model().fits(&other.offer).is_ok() {
+            let notice = format!("the software CPU runs this VM, which needs {why}");
+            return Ok(Chosen {
+                notice: Some(notice),
+                ..other
+            });
+        }
+    }
+    Err(snapshot.unfit(format!("its VM needs {why}")).into())
+}
+
+/// Runs the command.
+pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let (config, chosen) = prepare(arguments)?;
     let control = Control::new();
     signals::end_on_signals(control.clone())?;
     let begin = Instant::now();
-    let make_engine: MakeEngine<'_> = match arguments.accel {
-        Accelerator::Kvm => &engine::kvm,
-        Accelerator::Emulate => &engine::emulate,
+    // Bad input has been told by the time that an engine is made: the notice does not stand before an error.
+    let notice = Cell::new(chosen.notice);
+    let make_engine = |ram, model: &CpuModel| {
+        if let Some(notice) = notice.take() {
+            eprintln!("posada: {notice}");
+        }
+        chosen.kind.make(ram, model)
     };
-    let report = vm::run(&config, make_engine, &control)?;
+    let report = vm::run(&config, &make_engine, &control)?;
     let (code, reason) = explain(&report.ending);
     if let Some(path) = &arguments.summary {
         summary::write(path, &report, reason, begin.elapsed())?;
@@ -203,6 +280,7 @@ fn explain(ending: &Ending) -> (u8, &'static str) {
         Ending::PowerOff => (0, "power-off"),
         Ending::Reset => (0, "reset"),
         Ending::Quit => (0, "quit"),
+        Ending::Saved => (0, "saved"),
         // Like every process's, the code keeps its low byte.
         Ending::DebugExit(code) => (*code as u8, "debug-exit"),
         Ending::Crash { cpu, report } => {

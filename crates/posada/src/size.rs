@@ -41,6 +41,16 @@ pub fn parse(text: &str) -> Result<u64, String> {
     Ok(bytes)
 }
 
+/// A size for people, with one digit behind the point where there is a unit.
+pub fn of(bytes: u64) -> String {
+    match bytes {
+        0..0x400 => format!("{bytes} bytes"),
+        0x400..0x10_0000 => format!("{:.1} KiB", bytes as f64 / 1024.0),
+        0x10_0000..0x4000_0000 => format!("{:.1} MiB", bytes as f64 / 1048576.0),
+        _ => format!("{:.1} GiB", bytes as f64 / 1073741824.0),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,6 +74,12 @@ mod tests {
         for (text, bytes) in sizes {
             assert_eq!(parse(text), Ok(bytes), "{text}");
         }
+    }
+
+    #[test]
+    fn sizes_are_said_in_their_unit() {
+        let said = [0, 1023, 1536, 512 << 20, 3 << 29].map(of);
+        assert_eq!(said, ["0 bytes", "1023 bytes", "1.5 KiB", "512.0 MiB", "1.5 GiB"]);
     }
 
     #[test]

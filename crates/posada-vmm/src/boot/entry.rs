@@ -46,7 +46,7 @@ fn with_segments(code_access: u16) -> CpuState {
 
 /// 32-bit protected mode without paging, flat 4 GiB segments, interrupts off: PVH (Linux
 /// `Documentation/arch/x86/boot.rst` points to Xen's `pvh.h`) and multiboot 0.6.96, section 3.2. `info` goes to EBX.
-pub(super) fn protected(entry: u32, info: u64) -> CpuState {
+pub(crate) fn protected(entry: u32, info: u64) -> CpuState {
     let mut state = with_segments(0xc09b);
     state.cr0 = CR0_PE | CR0_ET;
     state.rip = entry.into();

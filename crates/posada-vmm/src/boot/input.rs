@@ -66,7 +66,7 @@ impl Input {
     }
 
     /// Fills `buffer` from byte `at` on as far as the file goes; returns how far.
-    pub(super) fn read_at(&self, buffer: &mut [u8], at: u64) -> Result<usize, Error> {
+    pub(crate) fn read_at(&self, buffer: &mut [u8], at: u64) -> Result<usize, Error> {
         let mut done = 0;
         while done < buffer.len() {
             match self.file.read_at(&mut buffer[done..], at + done as u64) {
@@ -109,7 +109,7 @@ impl Input {
         }
     }
 
-    pub(super) fn truncated(&self) -> Error {
+    pub(crate) fn truncated(&self) -> Error {
         Error::Truncated {
             path: self.path.clone(),
         }

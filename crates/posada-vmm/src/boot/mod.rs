@@ -23,6 +23,7 @@ pub(crate) mod testing;
 mod tests;
 mod unpack;
 
+pub(crate) use entry::protected;
 pub use input::Input;
 
 use crate::layout;

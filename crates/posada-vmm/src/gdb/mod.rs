@@ -6,6 +6,7 @@ mod target;
 
 use crate::control::Control;
 use crate::notify::Notify;
+use crate::socket::SocketFile;
 use gdbstub::common::Signal;
 use gdbstub::conn::{Connection, ConnectionExt};
 use gdbstub::stub::run_blocking::{BlockingEventLoop, Event, WaitForStopReasonError};
@@ -15,9 +16,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -68,7 +67,7 @@ pub struct Error {
 
 enum Socket {
     Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    Unix(SocketFile),
 }
 
 /// A socket that waits for gdb. A Unix socket's path is removed with it.
@@ -81,7 +80,7 @@ impl Listener {
     pub(crate) fn bind(address: &Address) -> Result<Self, Error> {
         let socket = match address {
             Address::Tcp(address) => TcpListener::bind(address).map(Socket::Tcp),
-            Address::Unix(path) => bind_unix(path).map(|socket| Socket::Unix(socket, path.clone())),
+            Address::Unix(path) => SocketFile::bind(path).map(Socket::Unix),
         };
         let refuse = |source| Error {
             address: address.clone(),
@@ -96,7 +95,7 @@ impl Listener {
     fn fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
             Socket::Tcp(socket) => socket.as_fd(),
-            Socket::Unix(socket, _) => socket.as_fd(),
+            Socket::Unix(socket) => socket.as_fd(),
         }
     }
 
@@ -107,7 +106,7 @@ impl Listener {
                 stream.set_nodelay(true)?;
                 stream.into()
             }
-            Socket::Unix(socket, _) => socket.accept()?.0.into(),
+            Socket::Unix(socket) => socket.accept()?.into(),
         })
     }
 
@@ -146,24 +145,6 @@ impl Listener {
             }
         }
     }
-}
-
-impl Drop for Listener {
-    fn drop(&mut self) {
-        if let Socket::Unix(_, path) = &self.socket {
-            let _ = std::fs::remove_file(path);
-        }
-    }
-}
-
-/// Takes the place of a socket that a killed process has left.
-fn bind_unix(path: &Path) -> io::Result<UnixListener> {
-    let socket = std::fs::symlink_metadata(path).is_ok_and(|old| old.file_type().is_socket());
-    let dead = |error: io::Error| error.kind() == io::ErrorKind::ConnectionRefused;
-    if socket && UnixStream::connect(path).is_err_and(dead) {
-        std::fs::remove_file(path)?;
-    }
-    UnixListener::bind(path)
 }
 
 /// The thread that serves gdb; dropping it ends the session and the thread.
