@@ -46,6 +46,8 @@ fn pieces(core: &Core) -> Vec<(String, String)> {
         entered: _,
         instructions: _,
         exits: _,
+        frame: _,
+        translator: _,
         shut_down: _,
         debug: _,
         debug_passed: _,
