@@ -313,7 +313,7 @@ mod tests {
         let mut second = core();
         second.ram = first.ram.clone();
         second.mmu.flush();
-        let work = |mut core: Core| {
+        let work = |mut core: Box<Core>| {
             let mut sum = insn(RBX, RCX, 0);
             (sum.flags, sum.disp) = (LOCK, 0x100);
             let mut pair = sum;

@@ -240,9 +240,9 @@ pub struct Core {
 }
 
 impl Core {
-    /// A processor after RESET.
-    pub fn new(ram: Arc<GuestRam>, machine: Arc<dyn Machine>, shared: Arc<Shared>) -> Self {
-        let mut core = Self {
+    /// A processor after RESET. It is large, as its soft TLBs are part of it.
+    pub fn new(ram: Arc<GuestRam>, machine: Arc<dyn Machine>, shared: Arc<Shared>) -> Box<Self> {
+        let mut core = Box::new(Self {
             regs: [0; 18],
             stop_at: 0,
             arithmetic: 0,
@@ -286,7 +286,7 @@ impl Core {
             machine,
             rate: shared.vm().rate(),
             shared,
-        };
+        });
         let reset = CpuState::reset();
         core.set_registers(&reset);
         core.set_xsave_area(&reset.xsave);

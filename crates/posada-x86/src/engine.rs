@@ -114,7 +114,7 @@ impl Engine for Emulator {
 }
 
 struct Processor {
-    core: Core,
+    core: Box<Core>,
 }
 
 impl Processor {

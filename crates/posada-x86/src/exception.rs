@@ -309,7 +309,7 @@ mod tests {
     use super::*;
     use crate::mmu::tests::core;
 
-    fn long_mode_core() -> Core {
+    fn long_mode_core() -> Box<Core> {
         let mut core = core();
         // GDT at linear 0x100: 64-bit code at 8. IDT at linear 0x200: #PF through a gate at 14.
         core.gdtr.base = 0x100;

@@ -181,6 +181,11 @@ pub(crate) mod tests {
             Self(0x9e37_79b9_7f4a_7c15)
         }
 
+        /// Another sequence.
+        pub(crate) fn reseed(&mut self, seed: u64) {
+            self.0 = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        }
+
         pub(crate) fn bits(&mut self) -> u64 {
             self.0 ^= self.0 << 13;
             self.0 ^= self.0 >> 7;

@@ -412,7 +412,7 @@ pub(crate) mod tests {
     use posada_memory::GuestRam;
     use std::sync::Arc;
 
-    pub(crate) fn core() -> Core {
+    pub(crate) fn core() -> Box<Core> {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
         let mut core = Core::new(ram, Arc::new(NoDevices), Default::default());
         // 4-level tables at 0x1000; linear pages 0 and 1 lead to 0x8000 and 0x9000.

@@ -459,7 +459,7 @@ mod tests {
     }
 
     /// A core with XSAVE enabled and every component in use.
-    fn core() -> Core {
+    fn core() -> Box<Core> {
         let mut core = bare_core();
         core.cr[4] |= 3 << 9 | 1 << 18;
         core.vector.xcr0 = supported(&core);

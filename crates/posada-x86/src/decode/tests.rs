@@ -7,7 +7,7 @@ use crate::mmu::tests::core;
 use crate::transfer;
 use iced_x86::{Decoder, DecoderOptions, Instruction};
 
-fn core_with(size: CodeSize) -> Core {
+fn core_with(size: CodeSize) -> Box<Core> {
     let mut core = core();
     core.code_size = size;
     core

@@ -29,7 +29,7 @@ impl Machine for Ends {
 pub(crate) const IDLE: u64 = 0x7000;
 
 /// vCPU `index` of `vm`, inside `run`, with interrupts and the local APIC switched on.
-pub(crate) fn vcpu(vm: &Arc<Vm>, index: u32, machine: Arc<dyn Machine>) -> Core {
+pub(crate) fn vcpu(vm: &Arc<Vm>, index: u32, machine: Arc<dyn Machine>) -> Box<Core> {
     let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
     let mut core = Core::new(ram, machine, Arc::new(vm.shared(index)));
     for vector in 0..=255u8 {
@@ -44,7 +44,7 @@ pub(crate) fn vcpu(vm: &Arc<Vm>, index: u32, machine: Arc<dyn Machine>) -> Core 
 }
 
 /// The only vCPU of a VM.
-pub(crate) fn lone() -> Core {
+pub(crate) fn lone() -> Box<Core> {
     vcpu(&Vm::with_cpus(1), 0, Arc::new(Ends::default()))
 }
 

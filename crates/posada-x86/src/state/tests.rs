@@ -123,12 +123,12 @@ fn different(one: &Core, other: &Core) -> Vec<String> {
         .collect()
 }
 
-fn processor() -> Core {
+fn processor() -> Box<Core> {
     vcpu(&Vm::with_cpus(2), 1, Arc::new(Ends::default()))
 }
 
 /// Everything is other than after RESET.
-fn changed() -> Core {
+fn changed() -> Box<Core> {
     let mut core = processor();
     core.regs[..16].copy_from_slice(&std::array::from_fn::<u64, 16, _>(|at| 0x1111 * (at as u64 + 1)));
     core.set_rip(0x7abc);

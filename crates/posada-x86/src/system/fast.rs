@@ -117,7 +117,7 @@ mod tests {
     use crate::core::CodeSize;
     use crate::system::tests::*;
 
-    fn system() -> Core {
+    fn system() -> Box<Core> {
         let mut core = long_user();
         core.msr.efer |= SCE;
         core.msr.star = 0x0018_0008 << 32;

@@ -157,7 +157,7 @@ mod tests {
     use crate::system::tests::*;
 
     /// With an I/O map behind the fixed part that closes port 11h alone.
-    fn mapped() -> Core {
+    fn mapped() -> Box<Core> {
         let mut core = long_user();
         core.store_system(TASK_STATE + MAP_OFFSET, 0x68u16).unwrap();
         core.store_system(TASK_STATE + 0x68, 1u64 << 0x11).unwrap();

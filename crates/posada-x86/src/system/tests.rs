@@ -99,7 +99,7 @@ fn flat(selector: u16, access: u16) -> Segment {
 }
 
 /// A processor in 64-bit mode at privilege level 0.
-pub(crate) fn long() -> Core {
+pub(crate) fn long() -> Box<Core> {
     let mut core = crate::mmu::tests::core();
     core.segments[seg::CS] = flat(KERNEL_CODE, 0xa09b);
     core.segments[seg::SS] = flat(KERNEL_DATA, 0xc093);
@@ -111,7 +111,7 @@ pub(crate) fn long() -> Core {
 }
 
 /// The same at privilege level 3.
-pub(crate) fn long_user() -> Core {
+pub(crate) fn long_user() -> Box<Core> {
     let mut core = long();
     core.segments[seg::CS] = flat(USER_CODE, 0xa0fb);
     core.segments[seg::SS] = flat(USER_DATA, 0xc0f3);
@@ -120,7 +120,7 @@ pub(crate) fn long_user() -> Core {
 }
 
 /// A processor in 32-bit protected mode without paging, at a privilege level.
-pub(crate) fn protected(level: u16) -> Core {
+pub(crate) fn protected(level: u16) -> Box<Core> {
     let mut core = crate::mmu::tests::core();
     core.msr.efer = 0;
     core.cr[0] = 0x11;

@@ -20,6 +20,8 @@ mod region;
 mod run;
 mod stubs;
 mod table;
+#[cfg(test)]
+mod tests;
 mod trap;
 
 pub use run::{Ran, Translator};

@@ -214,6 +214,9 @@ impl Reader {
         let changed = i.rflags_modified() & (RflagsBits::OF | u32::from(flags::ALL));
         operation.changes = changed as u8;
         operation.replaces = changed as u8;
+        if shifts(i.mnemonic()) || keeps_undefined(i.mnemonic()) {
+            operation.replaces &= !(i.rflags_undefined() as u8);
+        }
         if shifts(i.mnemonic()) {
             let counted = i.op_kind(i.op_count() - 1) == OpKind::Register;
             let immediate = i.op_kind(i.op_count() - 1) == OpKind::Immediate8;
@@ -498,6 +501,15 @@ fn shifts(mnemonic: Mnemonic) -> bool {
     matches!(
         mnemonic,
         M::Shl | M::Shr | M::Sar | M::Sal | M::Rol | M::Ror | M::Rcl | M::Rcr | M::Shld | M::Shrd
+    )
+}
+
+/// Processors leave alone what the manual calls undefined.
+fn keeps_undefined(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Bt | M::Bts | M::Btr | M::Btc | M::Div | M::Idiv | M::Bsf | M::Bsr | M::Lzcnt | M::Tzcnt
     )
 }
 

@@ -113,6 +113,7 @@ impl Region {
                 Kind::System(System::SetAccess(_)) => live = self.ahead(reader, page, self.after(at), AHEAD),
                 Kind::Jump(target) => live = self.ahead(reader, page, target, AHEAD),
                 Kind::Branch(_, target) | Kind::Count(_, target) => live |= self.ahead(reader, page, target, AHEAD),
+                Kind::Call(target) if page.from(target).is_some() => live = self.ahead(reader, page, target, AHEAD),
                 kind if anywhere(kind) => {
                     live = if self.returns_flags(at) {
                         flags::ALL
@@ -123,7 +124,7 @@ impl Region {
                 _ => {}
             }
             live = live & !operation.replaces | operation.reads;
-            if self.exact && operation.traps {
+            if self.exact && (operation.traps || accesses(operation.kind)) {
                 live = flags::ALL;
             }
             self.live[at] = live;
@@ -168,6 +169,7 @@ impl Region {
             match operation.kind {
                 Kind::Interpret => return live | unknown,
                 Kind::Jump(target) => rip = target,
+                Kind::Call(target) if page.from(target).is_some() => rip = target,
                 Kind::Branch(_, target) | Kind::Count(_, target) => {
                     live |= unknown & self.ahead(reader, page, target, left / 2);
                 }
@@ -177,6 +179,14 @@ impl Region {
         }
         live | unknown
     }
+}
+
+/// True if the instruction may fault on memory.
+fn accesses(kind: Kind) -> bool {
+    !matches!(
+        kind,
+        Kind::Copy | Kind::Nothing | Kind::Address { .. } | Kind::Jump(_) | Kind::Branch(..) | Kind::Count(..)
+    )
 }
 
 /// True if nothing of the block follows.

@@ -106,9 +106,15 @@ impl Translator {
         self.stubs.leave[Leave::Unknown as usize]
     }
 
-    /// Translates everything at once, and keeps flags that only hand-written code can want: for tests.
-    pub fn eager(mut self) -> Self {
+    /// Translates code when it is wanted for the first time.
+    pub fn at_once(mut self) -> Self {
         self.threshold = 1;
+        self
+    }
+
+    /// Keeps flags that only handlers of faults, or functions written by hand, can see; and lets branches to addresses that
+    /// are not canonical fault where they are.
+    pub fn exact(mut self) -> Self {
         self.region.exact = true;
         self
     }

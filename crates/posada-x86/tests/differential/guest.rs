@@ -22,7 +22,7 @@ const USER: u64 = 4;
 const NO_EXECUTE: u64 = 1 << 63;
 
 pub struct Guest {
-    core: Core,
+    core: Box<Core>,
     memory: Memory,
 }
 
@@ -67,7 +67,7 @@ impl Guest {
     pub fn translating() -> Self {
         let mut guest = Self::new();
         let translator = Translator::new().expect("memory for code");
-        guest.core.translator = Some(Box::new(translator.eager()));
+        guest.core.translator = Some(Box::new(translator.at_once().exact()));
         guest
     }
 

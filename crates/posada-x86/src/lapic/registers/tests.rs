@@ -164,7 +164,7 @@ fn illegal_vectors_are_errors_of_the_sender_or_the_receiver() {
 #[test]
 fn interrupt_commands_reach_whom_they_name() {
     let vm = Vm::with_cpus(4);
-    let mut cores: Vec<Core> = (0..4)
+    let mut cores: Vec<Box<Core>> = (0..4)
         .map(|index| vcpu(&vm, index, Arc::new(Ends::default())))
         .collect();
     for (index, core) in cores.iter_mut().enumerate() {

@@ -8,7 +8,7 @@ use crate::mmu::tests::core as bare_core;
 use std::arch::asm;
 
 /// A 64-bit core with everything enabled.
-fn core() -> Core {
+fn core() -> Box<Core> {
     let mut core = bare_core();
     // OSFXSR, OSXMMEXCPT, OSXSAVE.
     core.cr[4] |= 3 << 9 | 1 << 18;

@@ -186,7 +186,7 @@ fn can_compare(instruction: &Instruction) -> bool {
 
 struct Sweep {
     random: Random,
-    core: Core,
+    core: Box<Core>,
     host: Box<Host>,
     code: *mut u8,
     compared: std::collections::BTreeSet<String>,
