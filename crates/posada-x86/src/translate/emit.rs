@@ -57,7 +57,7 @@ enum Cold {
     /// The exit of a direct branch inside what is mapped together.
     Chain { hole: Hole, target: u64 },
     /// The exit of one that leads elsewhere.
-    Far { hole: Hole, target: u64 },
+    Far { hole: Hole, target: u64, live: bool },
     /// Vector registers are not there yet.
     Vectors { hole: Hole, back: usize },
 }
@@ -135,13 +135,14 @@ impl Emitter {
             self.operation(&operation, region.live[at], region.live[at + 1]);
         }
         if let End::Interpret(rip) | End::Next(rip) = region.end() {
+            let live = region.live[region.operations.len()] != 0;
             self.rip = rip;
-            self.restore();
+            self.settle(live);
             self.mark();
             match region.end() {
                 End::Next(_) => {
                     let hole = self.assembler.jump();
-                    self.exit(hole, rip);
+                    self.exit(hole, rip, live);
                 }
                 _ => self.leave(rip, Leave::Interpret),
             }
@@ -173,7 +174,7 @@ impl Emitter {
     /// Code that goes on only if R10 is the block's RIP.
     fn compare_rip(&mut self, live: bool) {
         let a = &mut self.assembler;
-        let unknown = self.stubs.leave[Leave::Unknown as usize];
+        let unknown = self.stubs.mistaken;
         if live {
             a.copy(R11, RCX);
             a.constant(RCX, self.start.wrapping_neg());
@@ -198,11 +199,7 @@ impl Emitter {
     /// Before the flags are destroyed: puts them into the Core if somebody wants them.
     fn save(&mut self, live: bool) {
         if live && !self.saved {
-            let a = &mut self.assembler;
-            a.copy(R11, RAX);
-            a.flags_to_ax();
-            a.store_ax(frame::ARITHMETIC);
-            a.copy(RAX, R11);
+            self.store_flags();
             self.saved = true;
             self.mark();
         }
@@ -223,6 +220,29 @@ impl Emitter {
             self.restore();
         }
         self.saved = false;
+    }
+
+    /// Before a jump through a jump cache: puts the flags into the Core too, as a slot may lead to code that destroys them
+    /// before it finds that it is not meant. R11 is lost.
+    pub(super) fn publish(&mut self, live: bool) {
+        if live {
+            self.store_flags();
+        }
+    }
+
+    fn store_flags(&mut self) {
+        let a = &mut self.assembler;
+        a.copy(R11, RAX);
+        a.flags_to_ax();
+        a.store_ax(frame::ARITHMETIC);
+        a.copy(RAX, R11);
+    }
+
+    /// To known code that may be mapped anew, through its slot of a jump cache.
+    pub(super) fn jump_far(&mut self, target: u64, jumps: usize) {
+        let slot = (target as u32 & self.jump_mask) as usize;
+        self.assembler.constant(R10, target);
+        self.assembler.jump_through(jumps + slot * 8);
     }
 
     fn load_flags(&mut self) {
@@ -445,26 +465,26 @@ impl Emitter {
             Kind::Jump(target) => {
                 self.settle(live);
                 let hole = self.assembler.jump();
-                self.exit(hole, target);
+                self.exit(hole, target, live);
             }
             Kind::Branch(code, target) => {
                 self.settle(live);
                 let hole = self.assembler.branch(code);
-                self.exit(hole, target);
+                self.exit(hole, target, live);
             }
             Kind::Count(opcode, target) => {
                 self.settle(live);
                 // Taken: over the jump that leads past the exit.
                 self.assembler.bytes(&[opcode, 2, 0xeb, 5]);
                 let hole = self.assembler.jump();
-                self.exit(hole, target);
+                self.exit(hole, target, live);
             }
             Kind::Call(target) => {
                 self.push_address();
                 self.push_next(next);
                 self.settle(live);
                 let hole = self.assembler.jump();
-                self.exit(hole, target);
+                self.exit(hole, target, live);
             }
             Kind::CallRegister(register) => {
                 let from = self.value(register);
@@ -487,14 +507,14 @@ impl Emitter {
                 self.assembler.copy(R10, from);
                 self.canonical(live);
                 self.settle(live);
-                self.jump_r10();
+                self.jump_r10(live);
             }
             Kind::JumpMemory(memory) => {
                 self.access(&memory);
                 self.assembler.load_at(R10, R10);
                 self.canonical(live);
                 self.settle(live);
-                self.jump_r10();
+                self.jump_r10(live);
             }
             Kind::System(System::SetAccess(on)) => self.set_access(on, next, live),
             Kind::Return(drop) => {
@@ -504,7 +524,7 @@ impl Emitter {
                 self.canonical(live);
                 self.assembler.add(RSP, RSP, 8 + i32::from(drop));
                 self.settle(live);
-                self.jump_r10();
+                self.jump_r10(live);
             }
             _ => unreachable!("{:?} is no branch", operation.kind),
         }
@@ -541,7 +561,7 @@ impl Emitter {
     fn jump_temporary(&mut self, live: bool) {
         self.settle(live);
         self.assembler.load(R10, frame::TEMPORARY);
-        self.jump_r10();
+        self.jump_r10(live);
     }
 
     /// A branch to R10 faults at the branch itself if the address is not canonical. Otherwise the fault comes at the target.
@@ -564,19 +584,20 @@ impl Emitter {
     }
 
     /// To the guest's code at R10, through the jump cache.
-    fn jump_r10(&mut self) {
+    fn jump_r10(&mut self, live: bool) {
+        self.publish(live);
         self.assembler.jump_index(frame::JUMP_MASK);
         self.assembler.jump_indexed(self.jumps);
     }
 
     /// The way on to `target` from a jump: straight, if source and target are mapped together.
-    fn exit(&mut self, hole: Hole, target: u64) {
+    fn exit(&mut self, hole: Hole, target: u64, live: bool) {
         if target == self.start {
             self.assembler.fill(hole, self.entry);
         } else if (target ^ self.start) >> self.shift == 0 {
             self.cold.push(Cold::Chain { hole, target });
         } else {
-            self.cold.push(Cold::Far { hole, target });
+            self.cold.push(Cold::Far { hole, target, live });
         }
     }
 
@@ -671,11 +692,10 @@ impl Emitter {
                     });
                     self.leave(target, Leave::Chain);
                 }
-                Cold::Far { hole, target } => {
+                Cold::Far { hole, target, live } => {
                     a.land(hole);
-                    a.constant(R10, target);
-                    let slot = (target as u32 & self.jump_mask) as usize;
-                    a.jump_through(self.jumps + slot * 8);
+                    self.publish(live);
+                    self.jump_far(target, self.jumps);
                 }
                 Cold::Vectors { hole, back } => {
                     a.land(hole);

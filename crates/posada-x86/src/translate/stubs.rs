@@ -54,6 +54,8 @@ pub struct Stubs {
     pub enter: u64,
     /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. Not for the last two.
     pub leave: [u64; 4],
+    /// The way out of code that R10 does not lead to: as for [`Leave::Unknown`], but flags are in the Core.
+    pub mistaken: u64,
     /// An exception on the host: all registers are the guest's.
     pub trap: u64,
     /// A check failed for a load: R10 is the linear address, R11 where to try again, with R10 as it was.
@@ -164,11 +166,13 @@ impl Maker<'_> {
         ]);
     }
 
-    fn leave(&mut self, reason: Leave) {
+    fn leave(&mut self, reason: Leave, flags: bool) {
         self.save_registers();
         if reason != Leave::Trap {
             self.a.store(frame::RIP, R10);
             self.a.store(frame::SITE, R11);
+        }
+        if flags {
             self.a.flags_to_ax();
             self.a.store_ax(frame::ARITHMETIC);
         }
@@ -218,11 +222,14 @@ pub fn make(a: &mut Assembler, helper: Miss) -> Stubs {
     for reason in [Leave::Chain, Leave::Unknown, Leave::Interpret, Leave::Poll] {
         maker.align();
         stubs.leave[reason as usize] = maker.address();
-        maker.leave(reason);
+        maker.leave(reason, true);
     }
     maker.align();
     stubs.trap = maker.address();
-    maker.leave(Leave::Trap);
+    maker.leave(Leave::Trap, false);
+    maker.align();
+    stubs.mistaken = maker.address();
+    maker.leave(Leave::Unknown, false);
     for write in [false, true] {
         maker.align();
         let place = if write {

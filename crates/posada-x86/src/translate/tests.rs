@@ -311,3 +311,28 @@ fn exact_blocks_keep_the_flags_through_faults() {
 fn many_random_blocks_do_what_the_interpreter_does() {
     compare(1 << 32..(1 << 32) + 600_000, false);
 }
+
+#[test]
+fn flags_survive_a_jump_cache_slot_that_leads_elsewhere() {
+    let mut core = machine();
+    // 0: xor eax, eax; jmp 0ff8h. 0ff8h: mov ecx, 1; cmp ecx, 2. 1000h, in the slot of 0: jb +1; hlt; inc eax; hlt.
+    core.physical_write(RAM, &[0x31, 0xc0, 0xe9, 0xf1, 0x0f, 0, 0]);
+    core.physical_write(RAM + 0xff8, &[0xb9, 1, 0, 0, 0, 0x83, 0xf9, 2]);
+    core.physical_write(RAM + 0x1000, &[0x72, 1, HLT, 0xff, 0xc0, HLT]);
+    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.set_rip(0);
+    finish(&mut core);
+    assert_eq!((core.regs[gpr::RAX], core.rip()), (1, 0x1006));
+}
+
+#[test]
+fn a_store_over_the_next_instruction_is_seen() {
+    let mut core = machine();
+    // mov byte [rip + 1], f4h (hlt); nop; nop; inc eax; hlt: the first NOP becomes HLT.
+    core.physical_write(RAM, &[0xc6, 0x05, 0, 0, 0, 0, HLT, 0x90, 0x90, 0xff, 0xc0, HLT]);
+    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.set_rip(0);
+    core.regs[gpr::RAX] = 0;
+    finish(&mut core);
+    assert_eq!((core.regs[gpr::RAX], core.rip()), (0, 8));
+}

@@ -85,8 +85,7 @@ impl Emitter {
         }
         a.store_constant(frame::ACTIVE, frame::active(mode) as i32);
         self.settle(live);
-        let slot = (next as u32 & self.jump_mask) as usize;
-        self.assembler.constant(R10, next);
-        self.assembler.jump_through(frame::jumps(mode) + slot * 8);
+        self.publish(live);
+        self.jump_far(next, frame::jumps(mode));
     }
 }
