@@ -4,6 +4,8 @@
 //! about to destroy them ([`Emitter::saved`]); they return before the next instruction that wants them. Between two
 //! instructions the guest's state is therefore complete, and within one it changes in its last step only.
 
+mod control;
+mod redirect;
 mod system;
 
 use super::assembler::{Assembler, Hole, R10, R11, condition};
@@ -222,27 +224,12 @@ impl Emitter {
         self.saved = false;
     }
 
-    /// Before a jump through a jump cache: puts the flags into the Core too, as a slot may lead to code that destroys them
-    /// before it finds that it is not meant. R11 is lost.
-    pub(super) fn publish(&mut self, live: bool) {
-        if live {
-            self.store_flags();
-        }
-    }
-
     fn store_flags(&mut self) {
         let a = &mut self.assembler;
         a.copy(R11, RAX);
         a.flags_to_ax();
         a.store_ax(frame::ARITHMETIC);
         a.copy(RAX, R11);
-    }
-
-    /// To known code that may be mapped anew, through its slot of a jump cache.
-    pub(super) fn jump_far(&mut self, target: u64, jumps: usize) {
-        let slot = (target as u32 & self.jump_mask) as usize;
-        self.assembler.constant(R10, target);
-        self.assembler.jump_through(jumps + slot * 8);
     }
 
     fn load_flags(&mut self) {
@@ -459,77 +446,6 @@ impl Emitter {
         }
     }
 
-    fn control(&mut self, operation: &Operation, live: bool) {
-        let next = self.rip.wrapping_add(operation.length.into());
-        match operation.kind {
-            Kind::Jump(target) => {
-                self.settle(live);
-                let hole = self.assembler.jump();
-                self.exit(hole, target, live);
-            }
-            Kind::Branch(code, target) => {
-                self.settle(live);
-                let hole = self.assembler.branch(code);
-                self.exit(hole, target, live);
-            }
-            Kind::Count(opcode, target) => {
-                self.settle(live);
-                // Taken: over the jump that leads past the exit.
-                self.assembler.bytes(&[opcode, 2, 0xeb, 5]);
-                let hole = self.assembler.jump();
-                self.exit(hole, target, live);
-            }
-            Kind::Call(target) => {
-                self.push_address();
-                self.push_next(next);
-                self.settle(live);
-                let hole = self.assembler.jump();
-                self.exit(hole, target, live);
-            }
-            Kind::CallRegister(register) => {
-                let from = self.value(register);
-                self.assembler.copy(R10, from);
-                self.canonical(live);
-                self.assembler.store(frame::TEMPORARY, R10);
-                self.push_address();
-                self.push_next(next);
-                self.jump_temporary(live);
-            }
-            Kind::CallMemory(memory) => {
-                self.load_operand(&memory);
-                self.canonical(live);
-                self.push_address();
-                self.push_next(next);
-                self.jump_temporary(live);
-            }
-            Kind::JumpRegister(register) => {
-                let from = self.value(register);
-                self.assembler.copy(R10, from);
-                self.canonical(live);
-                self.settle(live);
-                self.jump_r10(live);
-            }
-            Kind::JumpMemory(memory) => {
-                self.access(&memory);
-                self.assembler.load_at(R10, R10);
-                self.canonical(live);
-                self.settle(live);
-                self.jump_r10(live);
-            }
-            Kind::System(System::SetAccess(on)) => self.set_access(on, next, live),
-            Kind::Return(drop) => {
-                self.assembler.copy(R10, RSP);
-                self.check(8, false);
-                self.assembler.load_at(R10, R10);
-                self.canonical(live);
-                self.assembler.add(RSP, RSP, 8 + i32::from(drop));
-                self.settle(live);
-                self.jump_r10(live);
-            }
-            _ => unreachable!("{:?} is no branch", operation.kind),
-        }
-    }
-
     /// A register's value in a register: R11 for what the Core holds.
     fn value(&mut self, register: u8) -> u8 {
         if SCRATCH.contains(&register) {
@@ -537,68 +453,6 @@ impl Emitter {
             return R11;
         }
         register
-    }
-
-    /// Eight bytes of memory into the frame.
-    fn load_operand(&mut self, memory: &Memory) {
-        self.access(memory);
-        self.assembler.load_at(R10, R10);
-        self.assembler.store(frame::TEMPORARY, R10);
-    }
-
-    /// Stores a return address at R10 and moves RSP.
-    fn push_next(&mut self, next: u64) {
-        match i32::try_from(next as i64) {
-            Ok(next) => self.assembler.store_constant_at(R10, next),
-            Err(_) => {
-                self.assembler.constant(R11, next);
-                self.assembler.store_at(R10, R11);
-            }
-        }
-        self.assembler.add(RSP, RSP, -8);
-    }
-
-    fn jump_temporary(&mut self, live: bool) {
-        self.settle(live);
-        self.assembler.load(R10, frame::TEMPORARY);
-        self.jump_r10(live);
-    }
-
-    /// A branch to R10 faults at the branch itself if the address is not canonical. Otherwise the fault comes at the target.
-    fn canonical(&mut self, live: bool) {
-        if self.exact {
-            self.save(live);
-            let a = &mut self.assembler;
-            a.copy(R11, R10);
-            // shl r11, 16; sar r11, 16
-            a.bytes(&[0x49, 0xc1, 0xe3, 16, 0x49, 0xc1, 0xfb, 16]);
-            a.compare_scratch();
-            let hole = a.branch(condition::NE);
-            self.cold.push(Cold::Leave {
-                hole,
-                rip: self.rip,
-                reason: Leave::Interpret,
-                saved: self.saved,
-            });
-        }
-    }
-
-    /// To the guest's code at R10, through the jump cache.
-    fn jump_r10(&mut self, live: bool) {
-        self.publish(live);
-        self.assembler.jump_index(frame::JUMP_MASK);
-        self.assembler.jump_indexed(self.jumps);
-    }
-
-    /// The way on to `target` from a jump: straight, if source and target are mapped together.
-    fn exit(&mut self, hole: Hole, target: u64, live: bool) {
-        if target == self.start {
-            self.assembler.fill(hole, self.entry);
-        } else if (target ^ self.start) >> self.shift == 0 {
-            self.cold.push(Cold::Chain { hole, target });
-        } else {
-            self.cold.push(Cold::Far { hole, target, live });
-        }
     }
 
     fn with_scratch(&mut self, operation: &Operation) {
@@ -631,7 +485,7 @@ impl Emitter {
             2 => self.assembler.load(R11, frame::reg(R11)),
             _ => {}
         }
-        redirect(&mut self.assembler, operation, base);
+        redirect::redirect(&mut self.assembler, operation, base);
         self.store_scratch(operation);
     }
 
@@ -707,62 +561,4 @@ impl Emitter {
         }
         self.cold = cold;
     }
-}
-
-/// The guest's instruction with `[base]` for its memory operand: R10 or R11.
-fn redirect(a: &mut Assembler, operation: &Operation, base: u8) {
-    let bytes = &operation.bytes[..usize::from(operation.length)];
-    let mut at = 0;
-    while matches!(bytes[at], 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3) {
-        // Segment and address size are part of what was computed.
-        if matches!(bytes[at], 0x66 | 0xf0 | 0xf2 | 0xf3) {
-            a.bytes(&bytes[at..=at]);
-        }
-        at += 1;
-    }
-    match bytes[at] {
-        // VEX: B and X are inverted.
-        0xc4 => {
-            a.bytes(&[0xc4, bytes[at + 1] & !0x20 | 0x40, bytes[at + 2], bytes[at + 3]]);
-            at += 4;
-        }
-        0xc5 => {
-            let byte = bytes[at + 1];
-            a.bytes(&[0xc4, byte & 0x80 | 0x41, byte & 0x7f, bytes[at + 2]]);
-            at += 3;
-        }
-        first => {
-            let mut rex = 0x41;
-            if first & 0xf0 == 0x40 {
-                rex = first & !2 | 1;
-                at += 1;
-            }
-            a.bytes(&[rex]);
-            let opcode = match (bytes[at], bytes[at + 1]) {
-                (0x0f, 0x38 | 0x3a) => 3,
-                (0x0f, _) => 2,
-                _ => 1,
-            };
-            a.bytes(&bytes[at..at + opcode]);
-            at += opcode;
-        }
-    }
-    let modrm = bytes[at];
-    a.bytes(&[modrm & 0x38 | base & 7]);
-    at += 1;
-    let mut low = modrm & 7;
-    if low == 4 {
-        low = bytes[at] & 7;
-        at += 1;
-        // Without a base, no base at all.
-        at += if low == 5 && modrm >> 6 == 0 { 4 } else { 0 };
-    } else if low == 5 && modrm >> 6 == 0 {
-        at += 4;
-    }
-    at += match modrm >> 6 {
-        1 => 1,
-        2 => 4,
-        _ => 0,
-    };
-    a.bytes(&bytes[at..]);
 }

@@ -1,0 +1,154 @@
+//! Branches: what they push and pop, and the ways from block to block.
+
+use super::{Cold, Emitter, Hole, Leave, R10, R11, RSP, System, condition, frame};
+use crate::translate::operation::{Kind, Memory, Operation};
+
+impl Emitter {
+    /// Before a jump through a jump cache: puts the flags into the Core too, as a slot may lead to code that destroys them
+    /// before it finds that it is not meant. R11 is lost.
+    pub(super) fn publish(&mut self, live: bool) {
+        if live {
+            self.store_flags();
+        }
+    }
+
+    /// To known code that may be mapped anew, through its slot of a jump cache.
+    pub(super) fn jump_far(&mut self, target: u64, jumps: usize) {
+        let slot = (target as u32 & self.jump_mask) as usize;
+        self.assembler.constant(R10, target);
+        self.assembler.jump_through(jumps + slot * 8);
+    }
+
+    pub(super) fn control(&mut self, operation: &Operation, live: bool) {
+        let next = self.rip.wrapping_add(operation.length.into());
+        match operation.kind {
+            Kind::Jump(target) => {
+                self.settle(live);
+                let hole = self.assembler.jump();
+                self.exit(hole, target, live);
+            }
+            Kind::Branch(code, target) => {
+                self.settle(live);
+                let hole = self.assembler.branch(code);
+                self.exit(hole, target, live);
+            }
+            Kind::Count(opcode, target) => {
+                self.settle(live);
+                // Taken: over the jump that leads past the exit.
+                self.assembler.bytes(&[opcode, 2, 0xeb, 5]);
+                let hole = self.assembler.jump();
+                self.exit(hole, target, live);
+            }
+            Kind::Call(target) => {
+                self.push_address();
+                self.push_next(next);
+                self.settle(live);
+                let hole = self.assembler.jump();
+                self.exit(hole, target, live);
+            }
+            Kind::CallRegister(register) => {
+                let from = self.value(register);
+                self.assembler.copy(R10, from);
+                self.canonical(live);
+                self.assembler.store(frame::TEMPORARY, R10);
+                self.push_address();
+                self.push_next(next);
+                self.jump_temporary(live);
+            }
+            Kind::CallMemory(memory) => {
+                self.load_operand(&memory);
+                self.canonical(live);
+                self.push_address();
+                self.push_next(next);
+                self.jump_temporary(live);
+            }
+            Kind::JumpRegister(register) => {
+                let from = self.value(register);
+                self.assembler.copy(R10, from);
+                self.canonical(live);
+                self.settle(live);
+                self.jump_r10(live);
+            }
+            Kind::JumpMemory(memory) => {
+                self.access(&memory);
+                self.assembler.load_at(R10, R10);
+                self.canonical(live);
+                self.settle(live);
+                self.jump_r10(live);
+            }
+            Kind::System(System::SetAccess(on)) => self.set_access(on, next, live),
+            Kind::Return(drop) => {
+                self.assembler.copy(R10, RSP);
+                self.check(8, false);
+                self.assembler.load_at(R10, R10);
+                self.canonical(live);
+                self.assembler.add(RSP, RSP, 8 + i32::from(drop));
+                self.settle(live);
+                self.jump_r10(live);
+            }
+            _ => unreachable!("{:?} is no branch", operation.kind),
+        }
+    }
+
+    /// Eight bytes of memory into the frame.
+    pub(super) fn load_operand(&mut self, memory: &Memory) {
+        self.access(memory);
+        self.assembler.load_at(R10, R10);
+        self.assembler.store(frame::TEMPORARY, R10);
+    }
+
+    /// Stores a return address at R10 and moves RSP.
+    pub(super) fn push_next(&mut self, next: u64) {
+        match i32::try_from(next as i64) {
+            Ok(next) => self.assembler.store_constant_at(R10, next),
+            Err(_) => {
+                self.assembler.constant(R11, next);
+                self.assembler.store_at(R10, R11);
+            }
+        }
+        self.assembler.add(RSP, RSP, -8);
+    }
+
+    pub(super) fn jump_temporary(&mut self, live: bool) {
+        self.settle(live);
+        self.assembler.load(R10, frame::TEMPORARY);
+        self.jump_r10(live);
+    }
+
+    /// A branch to R10 faults at the branch itself if the address is not canonical. Otherwise the fault comes at the target.
+    pub(super) fn canonical(&mut self, live: bool) {
+        if self.exact {
+            self.save(live);
+            let a = &mut self.assembler;
+            a.copy(R11, R10);
+            // shl r11, 16; sar r11, 16
+            a.bytes(&[0x49, 0xc1, 0xe3, 16, 0x49, 0xc1, 0xfb, 16]);
+            a.compare_scratch();
+            let hole = a.branch(condition::NE);
+            self.cold.push(Cold::Leave {
+                hole,
+                rip: self.rip,
+                reason: Leave::Interpret,
+                saved: self.saved,
+            });
+        }
+    }
+
+    /// To the guest's code at R10, through the jump cache.
+    pub(super) fn jump_r10(&mut self, live: bool) {
+        self.publish(live);
+        self.assembler.jump_index(frame::JUMP_MASK);
+        self.assembler.jump_indexed(self.jumps);
+    }
+
+    /// The way on to `target` from a jump: straight, if source and target are mapped together.
+    pub(super) fn exit(&mut self, hole: Hole, target: u64, live: bool) {
+        if target == self.start {
+            self.assembler.fill(hole, self.entry);
+        } else if (target ^ self.start) >> self.shift == 0 {
+            self.cold.push(Cold::Chain { hole, target });
+        } else {
+            self.cold.push(Cold::Far { hole, target, live });
+        }
+    }
+}
