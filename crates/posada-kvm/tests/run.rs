@@ -56,7 +56,9 @@ fn string_instructions_reach_the_machine_item_by_item() {
     guest.vcpus[0].set_state(&state).unwrap();
     let state = guest.run_until_halted();
     assert_eq!((state.gprs[1], state.gprs[6], state.gprs[7]), (0, 0x2006, 0x3005));
-    let mut expected: Vec<Event> = [[1, 2], [3, 4], [5, 6]].map(|item| Event::Out(0x77, item.into())).into();
+    let mut expected: Vec<Event> = [[1, 2], [3, 4], [5, 6]]
+        .map(|item| Event::Out(0x77, item.into()))
+        .into();
     expected.extend([(); 5].map(|()| Event::In(0x77, 1)));
     assert_eq!(guest.machine.take(), expected);
     let read: Vec<u8> = (0..5).map(|at| guest.byte(0x3000 + at)).collect();
@@ -207,7 +209,7 @@ fn a_kick_before_the_run_stops_it() {
 }
 
 #[test]
-fn a_fault_that_nobody_handles_ends_in_a_report_until_a_new_state() {
+fn a_fault_that_nobody_handles_ends_in_a_report() {
     if !whole() {
         return;
     }
@@ -217,15 +219,13 @@ fn a_fault_that_nobody_handles_ends_in_a_report_until_a_new_state() {
     state.idtr.limit = 0;
     guest.vcpus[0].set_state(&state).unwrap();
     let exit = guest.vcpus[0].run();
-    let Exit::TripleFault(report) = &exit else { panic!("{exit:?}") };
+    let Exit::TripleFault(report) = &exit else {
+        panic!("{exit:?}")
+    };
     assert!(report.starts_with("vCPU 0 in real mode"), "{report}");
     let lost = report.contains("registers are lost");
     assert!(lost || report.contains("code at rip: 0f 0b"), "{report}");
     assert_eq!(guest.vcpus[0].run(), exit, "it stays shut down");
-    // inc ax; hlt
-    guest.write(CODE, &[0x40, 0xf4]);
-    guest.vcpus[0].set_state(&entry()).unwrap();
-    assert_eq!(guest.run_until_halted().gprs[0], 1);
 }
 
 /// inc ax, six times; hlt
@@ -372,10 +372,7 @@ fn the_machine_hears_of_the_ends_of_its_level_triggered_interrupts() {
     run_to(&mut guest, 1);
     assert_eq!(guest.machine.take(), [Event::End(0x40)]);
     // Not of an edge that is no pin's.
-    sink.signal_msi(Msi {
-        data: 0x4041,
-        ..level
-    });
+    sink.signal_msi(Msi { data: 0x4041, ..level });
     run_to(&mut guest, 2);
     assert_eq!(guest.machine.take(), []);
 }

@@ -84,7 +84,11 @@ fn alike(mut found: CpuState, expected: &CpuState) -> CpuState {
     // More registers are told than were set; those have their reset values.
     let reset = |register: &u32, value: u64| {
         let same = expected.msrs.get(register).is_some_and(|set| *set == value);
-        assert!(same || value == msr::reset_value(*register), "{}: {value:#x}", msr::name(*register));
+        assert!(
+            same || value == msr::reset_value(*register),
+            "{}: {value:#x}",
+            msr::name(*register)
+        );
         expected.msrs.contains_key(register)
     };
     found.msrs.retain(|register, value| reset(register, *value));
@@ -108,7 +112,11 @@ fn what_is_set_is_there() {
     let found = guest.vcpus[0].state().unwrap();
     let page = found.apic.clone().unwrap();
     for register in [0x20, 0x80, 0xf0, 0x320, 0x110, 0x210] {
-        assert_eq!(page.get(register), state.apic.as_ref().unwrap().get(register), "{register:#x}");
+        assert_eq!(
+            page.get(register),
+            state.apic.as_ref().unwrap().get(register),
+            "{register:#x}"
+        );
     }
     // A processor without RDTSCP has no TSC_AUX, and so on: none of this model's.
     state.apic = Some(page);
@@ -117,7 +125,9 @@ fn what_is_set_is_there() {
 
 #[test]
 fn a_state_moves_to_another_vm_whole() {
-    let Some(mut first) = Guest::new(1, &[0xf4]) else { return };
+    let Some(mut first) = Guest::new(1, &[0xf4]) else {
+        return;
+    };
     let state = busy(&mut first);
     first.vcpus[0].set_state(&state).unwrap();
     let state = first.vcpus[0].state().unwrap();
@@ -136,7 +146,9 @@ fn a_state_moves_to_another_vm_whole() {
 
 #[test]
 fn a_new_processor_is_as_after_reset() {
-    let Some(mut guest) = Guest::new(2, &[0xf4]) else { return };
+    let Some(mut guest) = Guest::new(2, &[0xf4]) else {
+        return;
+    };
     let found = guest.vcpus[0].state().unwrap();
     let mut reset = CpuState::reset();
     (reset.apic, reset.tsc_offset) = (found.apic.clone(), found.tsc_offset);
@@ -144,7 +156,10 @@ fn a_new_processor_is_as_after_reset() {
     assert_eq!((page.get(0xf0), page.get(0x350), page.get(0x20)), (0xff, 1 << 16, 0));
     assert_eq!(alike(found, &reset), reset);
     let second = guest.vcpus[1].state().unwrap();
-    assert_eq!((second.activity, second.apic_base), (Activity::WaitingForStartup, 0xfee0_0800));
+    assert_eq!(
+        (second.activity, second.apic_base),
+        (Activity::WaitingForStartup, 0xfee0_0800)
+    );
     assert_eq!(second.apic.unwrap().get(0x20), 1 << 24);
     assert_eq!(second.tsc_offset, guest.vcpus[0].state().unwrap().tsc_offset);
 }
@@ -152,7 +167,9 @@ fn a_new_processor_is_as_after_reset() {
 #[test]
 fn events_that_wait_happen() {
     // At 1000h: hlt. Handlers at 2000h: of NMI, inc byte [500h]; of #GP, of vector 40h.
-    let Some(mut guest) = Guest::new(1, &[0xf4]) else { return };
+    let Some(mut guest) = Guest::new(1, &[0xf4]) else {
+        return;
+    };
     for (vector, at) in [(2u64, 0x2000u16), (13, 0x2010), (0x40, 0x2020)] {
         let [low, high] = at.to_le_bytes();
         guest.write(vector * 4, &[low, high, 0, 0]);
@@ -172,10 +189,17 @@ fn events_that_wait_happen() {
         vector: 13,
         error: None,
     };
-    assert_eq!(run(&mut guest, &|state| state.events.exception = Some(exception)), [1, 1, 0]);
+    assert_eq!(
+        run(&mut guest, &|state| state.events.exception = Some(exception)),
+        [1, 1, 0]
+    );
     assert_eq!(run(&mut guest, &|state| state.events.interrupt = Some(0x40)), [1, 1, 1]);
     let blocked = |state: &mut CpuState| (state.events.nmi_pending, state.events.nmi_blocked) = (true, true);
-    assert_eq!(run(&mut guest, &|state| blocked(state)), [1, 1, 1], "it waits for an IRET");
+    assert_eq!(
+        run(&mut guest, &|state| blocked(state)),
+        [1, 1, 1],
+        "it waits for an IRET"
+    );
 }
 
 #[test]
@@ -189,7 +213,10 @@ fn a_processor_that_has_its_sipi_starts() {
     state.events.startup = Some(1);
     guest.vcpus[0].set_state(&state).unwrap();
     let state = guest.run_until_halted();
-    assert_eq!((state.segments[1].selector, state.rip, guest.byte(0x500)), (0x100, 5, 1));
+    assert_eq!(
+        (state.segments[1].selector, state.rip, guest.byte(0x500)),
+        (0x100, 5, 1)
+    );
 }
 
 #[test]
@@ -230,7 +257,10 @@ fn the_clock_goes_on_from_where_it_is_set() {
     guest.kvm.set_clock(then).unwrap();
     let third = guest.kvm.clock().unwrap();
     let (clock, host) = (third.vm_ns - then.vm_ns, third.real_ns - second.real_ns);
-    assert!(clock < 1_000_000_000 && host.abs_diff(clock) < 10_000_000, "{clock} ns, {host} ns");
+    assert!(
+        clock < 1_000_000_000 && host.abs_diff(clock) < 10_000_000,
+        "{clock} ns, {host} ns"
+    );
 }
 
 #[test]
@@ -242,7 +272,10 @@ fn a_model_that_kvm_cannot_be_is_refused() {
     };
     model.cpus = 100_000;
     let error = make(&model);
-    assert!(matches!(&error, Error::Host(text) if text.contains("--cpus")), "{error}");
+    assert!(
+        matches!(&error, Error::Host(text) if text.contains("--cpus")),
+        "{error}"
+    );
     model.cpus = 1;
     model.physical_bits = 52;
     let error = make(&model);

@@ -23,6 +23,13 @@ const HERE: Site<'static> = Site {
     host: None,
 };
 
+fn kvm(host: &TestHost) -> Site<'_> {
+    Site {
+        accel: "kvm",
+        host: Some(host),
+    }
+}
+
 impl Site<'_> {
     fn start(&self, launch: &Launch) -> Process {
         match self.host {
@@ -176,6 +183,18 @@ fn two_moments_of_a_busy_vm_go_on(from: Site<'_>, to: Site<'_>) {
 #[test]
 fn a_busy_vm_goes_on_where_it_was_saved() {
     two_moments_of_a_busy_vm_go_on(HERE, HERE);
+}
+
+#[test]
+fn a_busy_vm_moves_from_the_software_cpu_to_kvm() {
+    let Some(host) = TestHost::start() else { return };
+    two_moments_of_a_busy_vm_go_on(HERE, kvm(&host));
+}
+
+#[test]
+fn a_busy_vm_moves_from_kvm_to_the_software_cpu() {
+    let Some(host) = TestHost::start() else { return };
+    two_moments_of_a_busy_vm_go_on(kvm(&host), HERE);
 }
 
 #[test]

@@ -100,7 +100,9 @@ pub fn model(cpus: u32) -> Option<CpuModel> {
 /// Whether the host's KVM is Linux's own on a processor with virtualization, and no lookalike that leaves out what few guests
 /// need; prints so where it is not. Where the environment has `POSADA_WHOLE_KVM` it must be.
 pub fn whole() -> bool {
-    let Some(mut guest) = Guest::new(1, &[]) else { return false };
+    let Some(mut guest) = Guest::new(1, &[]) else {
+        return false;
+    };
     let mut state = entry();
     // A memory type that does not exist.
     state.msrs.insert(posada_engine::msr::PAT, 2);
