@@ -5,7 +5,7 @@ export CARGO_TERM_PROGRESS_WHEN = never
 help:
 	@echo "make demo    build, make a Debian image, boot it with 2 vCPUs, show what it does"
 	@echo "make test    format, lints, documentation, unit tests, bare programs, Debian end to end, KVM in a test host"
-	@echo "make bench   guest benchmarks: native, posada, QEMU TCG; writes bench/results.md"
+	@echo "make bench   guest benchmarks: native, posada, QEMU TCG, and KVM in a test host; writes bench/results.md"
 	@echo "make soak    the long run of the differential instruction test (SECONDS=600)"
 	@echo "make fuzz    fuzz kernel images, guest code and snapshots (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build target/release/posada"
@@ -49,6 +49,7 @@ test: lint unit e2e nested
 
 bench: build
 	bench/run
+	bench/nested
 
 SECONDS ?= 600
 soak:

@@ -110,8 +110,13 @@ mod tests {
             flags: WITH_BYTES,
             __bindgen_anon_1: Default::default(),
         };
-        failure.__bindgen_anon_1.__bindgen_anon_1.insn_size = 3;
-        failure.__bindgen_anon_1.__bindgen_anon_1.insn_bytes[..3].copy_from_slice(&[0x0f, 0x01, 0xd9]);
+        let mut insn_bytes = [0; 15];
+        insn_bytes[..3].copy_from_slice(&[0x0f, 0x01, 0xd9]);
+        failure.__bindgen_anon_1.__bindgen_anon_1 =
+            kvm_bindings::kvm_run__bindgen_ty_1__bindgen_ty_14__bindgen_ty_1__bindgen_ty_1 {
+                insn_size: 3,
+                insn_bytes,
+            };
         run.__bindgen_anon_1.emulation_failure = failure;
         let text = internal(&run, 0x1000);
         assert!(

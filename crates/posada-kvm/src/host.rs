@@ -227,14 +227,19 @@ mod tests {
 
     #[test]
     fn a_missing_device_says_how_to_get_one() {
-        let text = open_at(c"/nonexistent/kvm").err().expect("not there").to_string();
+        let Err(error) = open_at(c"/nonexistent/kvm") else {
+            panic!("it is there")
+        };
+        let text = error.to_string();
         assert!(text.starts_with("there is no /nonexistent/kvm: "), "{text}");
         assert!(text.contains("--accel emulate"), "{text}");
     }
 
     #[test]
     fn another_device_is_not_taken_for_kvm() {
-        let error = open_at(c"/dev/null").err().expect("not KVM");
+        let Err(error) = open_at(c"/dev/null") else {
+            panic!("it is KVM")
+        };
         assert!(matches!(error, Error::Version { version: -1, .. }), "{error}");
     }
 

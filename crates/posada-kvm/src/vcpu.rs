@@ -6,7 +6,7 @@
 use crate::clock::Rate;
 use crate::error::{Asked, Error};
 use crate::kick::{Inside, Kicker};
-use crate::state::{Carrier, Registers};
+use crate::state::{self, Carrier};
 use crate::{failure, host, ioctl};
 use kvm_bindings::{
     CpuId, KVM_CAP_ENFORCE_PV_FEATURE_CPUID, KVM_CAP_SET_GUEST_DEBUG2, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_EXIT_IO_IN,
@@ -15,7 +15,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use posada_engine::cpu::CpuModel;
-use posada_engine::{Counters, CpuState, DebugControl, Exit, Kick, Machine, Vcpu};
+use posada_engine::{Activity, Counters, CpuState, DebugControl, Exit, Kick, Machine, Vcpu};
 use posada_memory::GuestRam;
 use std::sync::Arc;
 
@@ -27,6 +27,8 @@ const ARCH_CAPABILITIES: u32 = 0x10a;
 const RESET_RIP: u64 = 0xfff0;
 const RESET_CODE_BASE: u64 = 0xffff_0000;
 const CS: usize = 1;
+/// In IA32_APIC_BASE.
+const BOOT_PROCESSOR: u64 = 1 << 8;
 
 /// What the vCPUs of one VM have in common.
 pub(crate) struct Wiring {
@@ -73,6 +75,16 @@ impl Wiring {
     }
 }
 
+/// The state of a new vCPU.
+fn at_first(index: u32) -> CpuState {
+    let mut state = CpuState::reset();
+    if index != 0 {
+        state.activity = Activity::WaitingForStartup;
+        state.apic_base &= !BOOT_PROCESSOR;
+    }
+    state
+}
+
 /// A vCPU.
 pub(crate) struct Processor {
     fd: VcpuFd,
@@ -117,9 +129,12 @@ impl Processor {
             let khz = u32::try_from(rate.guest_khz).map_err(|_| Error::State("a TSC of more than 4 THz".into()))?;
             ioctl::set_tsc_khz(&fd, khz).to("scale the time stamp counter")?;
         }
-        let constants = [(ARCH_CAPABILITIES, model.arch_capabilities)];
-        let shown = usize::from(model.features.arch_capabilities);
-        Registers::of(&model.features).reset(&fd, &constants[..shown])?;
+        if model.features.arch_capabilities {
+            state::put(&fd, &[(ARCH_CAPABILITIES, model.arch_capabilities)])?;
+        }
+        let carrier = Carrier::new(model, rate, wiring.offset);
+        // KVM's own idea of a processor after RESET differs in details.
+        carrier.set(&fd, &at_first(index))?;
         Ok(Self {
             fd,
             index,
@@ -127,7 +142,7 @@ impl Processor {
             machine,
             ram,
             kicker: Arc::default(),
-            carrier: Carrier::new(model, rate, wiring.offset),
+            carrier,
             unfinished: false,
             ended: None,
             debug: kvm_guest_debug::default(),

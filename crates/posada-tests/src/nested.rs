@@ -129,8 +129,11 @@ impl TestHost {
             .args(["--sparse", "-c", "--"])
             .arg(name)
             .stdout(disk));
-        self.run(&format!("tar -C {} -xf /dev/vdd", quoted(to.as_ref())))
-            .expect("");
+        self.run(&format!(
+            "tar -C {} --warning=no-timestamp -xf /dev/vdd",
+            quoted(to.as_ref())
+        ))
+        .expect("");
     }
 
     /// Copies a file or folder of the test host into the folder `to` of this machine.

@@ -36,6 +36,12 @@ impl Place {
         }
     }
 
+    /// Whether a break point that is set from outside the guest is hit. QEMU's CPU, below the KVM of a test host, loads the
+    /// debug registers with a guest's state but does not arm them.
+    pub fn has_breakpoints(&self) -> bool {
+        matches!(self, Self::Here)
+    }
+
     /// Starts another command beside it.
     ///
     /// # Panics

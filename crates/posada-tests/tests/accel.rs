@@ -140,7 +140,7 @@ fn auto_chooses_here_what_this_machine_bears() {
 }
 
 #[test]
-fn auto_chooses_kvm_in_the_test_host_and_does_without_where_there_is_none() {
+fn on_kvm_auto_chooses_it_and_does_without_where_there_is_none() {
     let Some(nested) = TestHost::start() else { return };
     let host = Host {
         nested: Some(&nested),
@@ -172,7 +172,7 @@ fn auto_chooses_kvm_in_the_test_host_and_does_without_where_there_is_none() {
             program.display()
         ))
     };
-    let told = "belongs to the group kvm; join it by sudo usermod -aG kvm";
+    let told = "belongs to the group kvm; have yourself added (sudo usermod -aG kvm";
     let answer = run("kvm");
     assert!(
         answer.status == 125 && answer.output.contains(told),
@@ -184,7 +184,7 @@ fn auto_chooses_kvm_in_the_test_host_and_does_without_where_there_is_none() {
 
     // No device.
     nested.run("rm /dev/kvm").success();
-    let told = "there is no /dev/kvm; load the module: sudo modprobe kvm_amd";
+    let told = "there is no /dev/kvm: load the kernel's module (modprobe kvm_amd)";
     let refused = Launch::command(["run", "--accel", "kvm", "--kernel"])
         .arg(bare_program("hello"))
         .start_in(&nested)

@@ -11,7 +11,7 @@ const ROOT: &str = "/dev/vdb";
 const DATA: &str = "/dev/vdc,ro";
 /// Words that the kernel says when something is wrong.
 const TROUBLE: &str = "Oops|BUG:|WARNING:|Call Trace|lockup|stall|blocked for more than|segfault|traps:|I/O error|\
-    EXT4-fs error|nobody cared|unexpected IRQ|did not come online|TSC unstable";
+    EXT4-fs error|nobody cared|unexpected IRQ|did not come online";
 
 #[test]
 fn on_kvm_a_test_host_runs_commands_and_keeps_what_it_is_given() {
@@ -79,10 +79,15 @@ fn word(text: &str) -> &str {
     text.split_whitespace().next().unwrap_or_default()
 }
 
+/// Checks what the kernel has said since its start.
 #[track_caller]
 fn kernel_is_well(shell: &mut Shell) {
     shell.run("dmesg --level=emerg,alert,crit,err").expect("");
-    shell.run(&format!("dmesg | grep -E '{TROUBLE}' || true")).expect("");
+    // QEMU's CPU has another XSAVE layout than any real one, of which Linux warns in every guest there.
+    let known = "/WARNING: .*fpu__init_system_xstate/,/---\\[ end trace/d";
+    shell
+        .run(&format!("dmesg | sed '{known}' | grep -E '{TROUBLE}' || true"))
+        .expect("");
 }
 
 /// SHA-256 of a file of this machine, by its own `sha256sum`.

@@ -7,17 +7,20 @@ mod events;
 mod msrs;
 mod registers;
 
-pub(crate) use msrs::Registers;
+pub(crate) use msrs::put;
 
 use crate::clock::{self, Rate};
 use crate::error::{Asked, Error};
 use crate::{host, ioctl};
 use kvm_bindings::{kvm_debugregs, kvm_lapic_state, kvm_xcr, kvm_xcrs, kvm_xsave};
 use kvm_ioctls::VcpuFd;
+use msrs::Registers;
 use posada_engine::cpu::CpuModel;
 use posada_engine::{Activity, ApicPage, CpuState, Xsave, msr};
 
 const TSC: u32 = 0x10;
+/// What FXSAVE leaves to software (Intel SDM 1, 10.5.1).
+const SOFTWARE: std::ops::Range<usize> = 464..512;
 /// Offset of the task priority in a local APIC's page.
 const TASK_PRIORITY: usize = 0x80;
 
@@ -126,6 +129,8 @@ impl Carrier {
     fn xsave_to_portable(&self, area: &kvm_xsave) -> Xsave {
         let words = area.region.iter().flat_map(|word| word.to_le_bytes());
         let mut area = Xsave::new(words.take(self.area).collect());
+        // KVM tells the host's components in a part of the legacy region that is left to software.
+        area.legacy_mut()[SOFTWARE].fill(0);
         // KVM saves PKRU too where the host has it.
         area.set_xstate_bv(area.xstate_bv() & self.components);
         area

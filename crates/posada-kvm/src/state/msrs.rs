@@ -77,16 +77,10 @@ impl Registers {
             _ => Ok(()),
         }
     }
-
-    /// Gives a new processor its reset values, some of which are not KVM's, and its constants.
-    pub(crate) fn reset(&self, vcpu: &VcpuFd, constants: &[(u32, u64)]) -> Result<(), Error> {
-        put(vcpu, constants)?;
-        self.set(vcpu, &BTreeMap::new())
-    }
 }
 
 /// Sets these, in this order.
-fn put(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), Error> {
+pub(crate) fn put(vcpu: &VcpuFd, values: &[(u32, u64)]) -> Result<(), Error> {
     let set = vcpu.set_msrs(&host::msrs(values)).to("set a processor's registers")?;
     match values.get(set) {
         Some((register, value)) => Err(Error::State(format!(

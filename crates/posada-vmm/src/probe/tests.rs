@@ -167,12 +167,13 @@ fn of_several_runs_the_best_times_count_and_one_bad_run_spoils_all() {
         }
         perfect(index, machine)
     });
-    let (one, other) = compare(uneven, fake(perfect), PATIENCE);
+    let (one, other) = run::compare_while(PATIENCE, uneven, fake(perfect));
     assert_eq!((one.end, other.end), (End::Finished, End::Finished));
     assert!(RUNS.load(Ordering::Relaxed) > 2 && one.phases[0].1 < 0.05);
 
     static MORE_RUNS: AtomicU32 = AtomicU32::new(0);
-    let (one, other) = compare(
+    let (one, other) = run::compare_while(
+        PATIENCE,
         fake(perfect),
         fake(|index, machine| {
             if index == 0 && MORE_RUNS.fetch_add(1, Ordering::Relaxed) == 1 {
@@ -180,7 +181,6 @@ fn of_several_runs_the_best_times_count_and_one_bad_run_spoils_all() {
             }
             perfect(index, machine)
         }),
-        PATIENCE,
     );
     assert_eq!(one.end, End::Finished);
     assert_eq!(other.end, End::Failed(Phase::Start, "now and then".into()));

@@ -44,7 +44,7 @@ impl Core {
         let model = self.shared.vm().model();
         control(state, cr4_bits(&model.features))?;
         segments(state)?;
-        xsave::check_area(&state.xsave, model)?;
+        xsave::area::check(&state.xsave, model)?;
         first_broken(&[
             (
                 !xsave::xcr0_valid(state.xcr0, model.xcr0()),

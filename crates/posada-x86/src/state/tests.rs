@@ -45,6 +45,7 @@ fn pieces(core: &Core) -> Vec<(String, String)> {
         watch_hits: _,
         entered: _,
         instructions: _,
+        exits: _,
         shut_down: _,
         debug: _,
         debug_passed: _,
