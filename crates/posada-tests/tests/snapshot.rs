@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Steps of `steady chain`, and rounds of `steady blocks`: some seconds on the software CPU.
-const STEPS: u32 = 800;
-const ROUNDS: u32 = 800;
+const STEPS: u32 = 1500;
+const ROUNDS: u32 = 1000;
 /// A busy machine makes minutes of them.
 const PATIENCE: Duration = Duration::from_secs(400);
 
@@ -180,7 +180,7 @@ fn two_moments_of_a_busy_vm_go_on(from: Site<'_>, to: Site<'_>) {
         .split_inclusive("over\n")
         .next()
         .expect("it was waited for");
-    assert!(expected.ends_with(after) && after.lines().count() > 10, "{after}");
+    assert!(expected.ends_with(after) && after.lines().count() > 3, "{after}");
 }
 
 #[test]
