@@ -166,7 +166,9 @@ impl Core {
     /// The registers and the code at RIP, for people: the report of a triple fault.
     pub fn dump(&mut self) -> String {
         let raised = &self.raised;
-        let error = raised.error.map_or(String::new(), |error| format!(", error code {error:#x}"));
+        let error = raised
+            .error
+            .map_or(String::new(), |error| format!(", error code {error:#x}"));
         let note = format!(
             "last exception: vector {}{error}, address {:#x}",
             raised.vector, raised.address
@@ -189,8 +191,8 @@ impl Core {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::core::{gpr, seg};
     use crate::clock;
+    use crate::core::{gpr, seg};
     use crate::lapic::testing::Ends;
     use posada_engine::Msi;
 
