@@ -189,13 +189,13 @@ fn a_busy_vm_goes_on_where_it_was_saved() {
 }
 
 #[test]
-fn a_busy_vm_moves_from_the_software_cpu_to_kvm() {
+fn a_busy_vm_of_the_software_cpu_goes_on_on_kvm() {
     let Some(host) = TestHost::start() else { return };
     two_moments_of_a_busy_vm_go_on(HERE, kvm(&host));
 }
 
 #[test]
-fn a_busy_vm_moves_from_kvm_to_the_software_cpu() {
+fn a_busy_vm_on_kvm_goes_on_on_the_software_cpu() {
     let Some(host) = TestHost::start() else { return };
     two_moments_of_a_busy_vm_go_on(kvm(&host), HERE);
 }
