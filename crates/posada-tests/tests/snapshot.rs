@@ -51,9 +51,14 @@ impl Site<'_> {
 
     /// Saves the VM at `socket` in `folder`.
     fn save(&self, folder: &Folder, place: &str, more: &[&str]) {
+        self.try_save(folder, place, more).expect_code(0);
+    }
+
+    /// The same, and how it went.
+    fn try_save(&self, folder: &Folder, place: &str, more: &[&str]) -> Ended {
         let paths = [path(folder, "socket"), path(folder, place)];
         let arguments = [&["snapshot", "save", &paths[0], &paths[1]], more].concat();
-        self.command(&arguments).expect_code(0);
+        self.command(&arguments)
     }
 
     /// Has there what is in `folder` here.
@@ -163,7 +168,12 @@ fn two_moments_of_a_busy_vm_go_on(from: Site<'_>, to: Site<'_>) {
     vm.expect("step 100 ");
     from.save(&folder, "first", &[]);
     vm.expect("step 300 ");
-    from.save(&folder, "second", &["--stop"]);
+    let saved = from.try_save(&folder, "second", &["--stop"]);
+    if saved.code != Some(0) {
+        // What the VM says may be the reason.
+        vm.signal(libc::SIGTERM);
+        panic!("{saved:?}, the VM: {:?}", vm.end());
+    }
     let ended = vm.end();
     ended.expect_code(0);
     from.get(&folder);
