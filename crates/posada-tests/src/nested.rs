@@ -97,7 +97,8 @@ impl TestHost {
         for number in 0..SLOTS {
             slots.push(Slot {
                 number,
-                streams: port(&mut command, &format!("streams{number}"))?,
+                input: port(&mut command, &format!("input{number}"))?,
+                output: port(&mut command, &format!("output{number}"))?,
                 errors: port(&mut command, &format!("errors{number}"))?,
             });
         }
