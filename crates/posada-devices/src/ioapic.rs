@@ -35,11 +35,9 @@ pub trait IrqLine: Send + Sync {
     /// Drives the line: `true` asserts it.
     fn set_level(&self, asserted: bool);
 
-    /// One edge.
-    fn pulse(&self) {
-        self.set_level(true);
-        self.set_level(false);
-    }
+    /// One edge, never taken for a part of another: a guest may answer a pulse, and a device pulse again for that, before
+    /// the first one's caller runs on.
+    fn pulse(&self);
 }
 
 #[derive(Clone, Copy)]
@@ -258,6 +256,20 @@ impl IoApic {
             self.sink.signal_msi(msi);
         }
     }
+
+    fn pulse(&self, pin: usize) {
+        let msi = {
+            let pin = &mut self.state.lock().unwrap().pins[pin];
+            pin.edge = pin.entry & LEVEL_TRIGGERED == 0;
+            pin.asserted = true;
+            let msi = pin.service();
+            pin.asserted = false;
+            msi
+        };
+        if let Some(msi) = msi {
+            self.sink.signal_msi(msi);
+        }
+    }
 }
 
 impl MmioDevice for IoApic {
@@ -295,12 +307,17 @@ impl IrqLine for Line {
     fn set_level(&self, asserted: bool) {
         self.ioapic.set_level(self.pin, asserted);
     }
+
+    fn pulse(&self) {
+        self.ioapic.pulse(self.pin);
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{Random, Sink};
+    use posada_engine::{MsiLine, PlainLine};
 
     fn entry(ioapic: &IoApic, pin: u64, value: u64) {
         ioapic.write(IOREGSEL, &[(0x11 + 2 * pin) as u8]);
@@ -333,6 +350,37 @@ mod tests {
         assert_eq!(sink.take(), []);
         line.pulse();
         assert_eq!(sink.take(), [msi]);
+    }
+
+    #[test]
+    fn a_pulse_while_another_is_delivered_is_delivered_too() {
+        /// Pulses the line again at the first message, as another thread may.
+        #[derive(Default)]
+        struct Again {
+            line: Mutex<Option<Arc<dyn IrqLine>>>,
+            messages: Mutex<u32>,
+        }
+        impl MsiSink for Again {
+            fn signal_msi(&self, _: Msi) {
+                *self.messages.lock().unwrap() += 1;
+                let line = self.line.lock().unwrap().take();
+                if let Some(line) = line {
+                    line.pulse();
+                }
+            }
+
+            fn connect(self: Arc<Self>) -> Box<dyn MsiLine> {
+                Box::new(PlainLine::new(self))
+            }
+
+            fn route_pin(&self, _: u8, _: Option<Msi>) {}
+        }
+        let sink = Arc::new(Again::default());
+        let ioapic = IoApic::new(sink.clone());
+        entry(&ioapic, 4, 0x31);
+        *sink.line.lock().unwrap() = Some(ioapic.line(4));
+        ioapic.line(4).pulse();
+        assert_eq!(*sink.messages.lock().unwrap(), 2);
     }
 
     #[test]

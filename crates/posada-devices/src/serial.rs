@@ -338,6 +338,10 @@ mod tests {
         fn set_level(&self, asserted: bool) {
             self.0.fetch_add(usize::from(asserted), Ordering::Relaxed);
         }
+
+        fn pulse(&self) {
+            self.set_level(true);
+        }
     }
 
     #[derive(Clone, Default)]

@@ -141,6 +141,7 @@ impl Drop for Inside {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::time::Duration;
 
     #[test]
     fn a_kick_outside_the_span_waits_and_one_inside_sets_the_flag() {
@@ -182,7 +183,7 @@ mod tests {
             // The thread may not be in pause() yet, where KVM_RUN would see the flag.
             while !sleeper.is_finished() {
                 kicker.kick();
-                std::thread::yield_now();
+                std::thread::sleep(Duration::from_millis(1));
             }
         });
     }

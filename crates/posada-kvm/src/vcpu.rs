@@ -15,7 +15,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{VcpuExit, VcpuFd, VmFd};
 use posada_engine::cpu::CpuModel;
-use posada_engine::{Activity, Counters, CpuState, DebugControl, Exit, Kick, Machine, Vcpu};
+use posada_engine::{Activity, ApicPage, Counters, CpuState, DebugControl, Exit, Kick, Machine, Vcpu};
 use posada_memory::GuestRam;
 use std::sync::Arc;
 
@@ -78,6 +78,8 @@ impl Wiring {
 /// The state of a new vCPU.
 fn at_first(index: u32) -> CpuState {
     let mut state = CpuState::reset();
+    // KVM finds a local APIC by its id only once that has been set.
+    state.apic = Some(ApicPage::reset(index));
     if index != 0 {
         state.activity = Activity::WaitingForStartup;
         state.apic_base &= !BOOT_PROCESSOR;
@@ -133,7 +135,7 @@ impl Processor {
             state::put(&fd, &[(ARCH_CAPABILITIES, model.arch_capabilities)])?;
         }
         let carrier = Carrier::new(model, rate, wiring.offset);
-        // KVM's own idea of a processor after RESET differs in details.
+        // KVM's idea of a processor after RESET differs in details.
         carrier.set(&fd, &at_first(index))?;
         Ok(Self {
             fd,

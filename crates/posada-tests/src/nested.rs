@@ -26,7 +26,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Commands that run at a time, beside those of [`TestHost::run`].
 const SLOTS: usize = 4;
@@ -39,6 +39,28 @@ pub struct TestHost {
     /// Archives go through this disk, /dev/vdd inside.
     transfer: PathBuf,
     _folder: Folder,
+}
+
+/// The frequency of this machine's time-stamp counter, which is the test host's too.
+fn tsc_khz() -> u64 {
+    let moment = || {
+        // SAFETY: reads a counter.
+        let tsc = || unsafe { std::arch::x86_64::_rdtsc() };
+        // The shortest of many is one in which nothing came between.
+        let reading = |_| {
+            let (before, now) = (tsc(), Instant::now());
+            (tsc() - before, before, now)
+        };
+        let (_, tsc, now) = (0..100)
+            .map(reading)
+            .min_by_key(|reading| reading.0)
+            .expect("a hundred");
+        (tsc, now)
+    };
+    let begin = moment();
+    std::thread::sleep(Duration::from_millis(100));
+    let end = moment();
+    (end.0 - begin.0) * 1_000_000 / end.1.duration_since(begin.1).as_nanos() as u64
 }
 
 impl TestHost {
@@ -63,6 +85,7 @@ impl TestHost {
         let mut command = Command::new(script("host"));
         command
             .env("POSADA_NESTED", files())
+            .env("POSADA_NESTED_TSC_KHZ", tsc_khz().to_string())
             .arg("-drive")
             .arg(format!("file={},format=raw,if=virtio", transfer.display()))
             .args(["-device", "virtio-serial-pci"])
@@ -74,7 +97,8 @@ impl TestHost {
         for number in 0..SLOTS {
             slots.push(Slot {
                 number,
-                streams: port(&mut command, &format!("streams{number}"))?,
+                input: port(&mut command, &format!("input{number}"))?,
+                output: port(&mut command, &format!("output{number}"))?,
                 errors: port(&mut command, &format!("errors{number}"))?,
             });
         }

@@ -14,11 +14,14 @@ const MARK: u8 = 0x1e;
 /// How long a killed command may take to be gone.
 const KILLED: Duration = Duration::from_secs(30);
 
-/// Two ports of the test host on which commands run, one after the other.
+/// Three ports of the test host on which commands run, one after the other.
 pub(crate) struct Slot {
     pub(crate) number: usize,
-    /// Standard input and output.
-    pub(crate) streams: UnixStream,
+    /// Standard input, apart from the output: in Linux's driver (6.1) who polls a port may take the news that it can be
+    /// written to again from who waits for that, and a VM's console polls its input.
+    pub(crate) input: UnixStream,
+    /// Standard output.
+    pub(crate) output: UnixStream,
     /// Standard error.
     pub(crate) errors: UnixStream,
 }
@@ -47,8 +50,8 @@ impl Session {
     pub(crate) fn start(control: &Arc<Control>, command: &str) -> io::Result<(Self, UnixStream, [Transcript; 2])> {
         let slot = control.slots.lock().expect("no holder panics").pop();
         let slot = slot.expect("a test host runs only a few commands at a time");
-        let (status, input) = (Arc::new(OnceLock::new()), slot.streams.try_clone()?);
-        let output = Transcript::follow(Marked::new(slot.streams.try_clone()?, status.clone()));
+        let (status, input) = (Arc::new(OnceLock::new()), slot.input.try_clone()?);
+        let output = Transcript::follow(Marked::new(slot.output.try_clone()?, status.clone()));
         let errors = Transcript::follow(Marked::new(slot.errors.try_clone()?, Arc::default()));
         let number = slot.number;
         // A shell has its background commands ignore SIGINT; a port is free again when the last command on it is gone.
@@ -56,7 +59,7 @@ impl Session {
             "[ -z \"$job{number}\" ] || wait $job{number}; rm -f /run/{number}.pid
             (env --default-signal=INT,QUIT sh -c 'echo $$ >/run/{number}.pid; exec env \"$@\"' sh {command}
             code=$?; printf '\\036%d\\036' $code; printf '\\036%d\\036' $code >&2
-            ) <>/dev/ports/streams{number} >&0 2>/dev/ports/errors{number} & job{number}=$!"
+            ) </dev/ports/input{number} >/dev/ports/output{number} 2>/dev/ports/errors{number} & job{number}=$!"
         );
         control.shell.lock().expect("no holder panics").run(&line).expect("");
         let session = Self {

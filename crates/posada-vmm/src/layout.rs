@@ -15,6 +15,7 @@
 //! | `0xe000_0000` | ECAM of bus 0 | |
 //! | `0xfec0_0000` | I/O APIC | Intel's default |
 //! | `0xfee0_0000` | local APICs | reset value of IA32_APIC_BASE |
+//! | `0xfeff_c000` | four pages of KVM's own, for real mode on Intel | `posada-kvm` says so, and no guest |
 //! | `0x1_0000_0000` | RAM beyond 3 GiB | |
 //!
 //! | port | what |

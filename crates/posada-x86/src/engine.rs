@@ -1,6 +1,6 @@
 //! The software CPU as an engine.
 
-use crate::core::{CodeSize, Core, gpr, seg};
+use crate::core::Core;
 use crate::interpret::Stop;
 use crate::shared::Vm;
 use crate::translate::Translator;
@@ -8,7 +8,6 @@ use posada_engine::clock::Moment;
 use posada_engine::cpu::{CpuModel, Offer};
 use posada_engine::{Counters, CpuState, DebugControl, Doorbell, Engine, Error, Exit, Kick, Machine, MsiSink, Vcpu};
 use posada_memory::GuestRam;
-use std::fmt::Write;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -182,93 +181,20 @@ fn sleep_exactly() {
 
 impl Core {
     /// The registers and the code at RIP, for people: the report of a triple fault.
-    pub fn dump(&self) -> String {
-        let mut text = String::new();
-        self.write_dump(&mut text).expect("a String takes all");
+    pub fn dump(&mut self) -> String {
+        let raised = &self.raised;
+        let error = raised
+            .error
+            .map_or(String::new(), |error| format!(", error code {error:#x}"));
+        let note = format!(
+            "last exception: vector {}{error}, address {:#x}",
+            raised.vector, raised.address
+        );
+        let (index, state) = (self.shared.index(), self.state());
+        let mut text = state.report(index, &note, |linear| self.peek(linear));
+        let (count, seconds) = (self.instructions, self.shared.vm().moment().vm_ns / 1_000_000_000);
+        text += &format!("{count} instructions, {seconds} s since the start\n");
         text
-    }
-
-    fn write_dump(&self, out: &mut String) -> std::fmt::Result {
-        let mode = match (self.long_mode(), self.code_size) {
-            (_, CodeSize::Bits64) => "64-bit",
-            (true, _) => "compatibility",
-            (false, _) if self.virtual_8086() => "virtual-8086",
-            (false, _) if !self.protected() => "real",
-            (false, CodeSize::Bits32) => "32-bit protected",
-            (false, _) => "16-bit protected",
-        };
-        let index = self.shared.index();
-        writeln!(out, "vCPU {index} in {mode} mode, privilege level {}", self.cpl)?;
-        write!(out, "last exception: vector {}", self.raised.vector)?;
-        if let Some(error) = self.raised.error {
-            write!(out, ", error code {error:#x}")?;
-        }
-        writeln!(out, ", address {:#x}", self.raised.address)?;
-        let code = self.segments[seg::CS].selector;
-        writeln!(out, "rip {code:04x}:{:016x}  rflags {:08x}", self.rip(), self.rflags())?;
-        const NAMES: [&str; 16] = [
-            "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14",
-            "r15",
-        ];
-        for row in 0..4 {
-            for (name, value) in NAMES.iter().zip(self.regs).skip(row * 4).take(4) {
-                write!(out, "{name:<3} {value:016x}  ")?;
-            }
-            out.truncate(out.trim_end().len());
-            writeln!(out)?;
-        }
-        let [cr0, _, cr2, cr3, cr4] = self.cr;
-        writeln!(
-            out,
-            "cr0 {cr0:08x}  cr2 {cr2:016x}  cr3 {cr3:016x}  cr4 {cr4:08x}  efer {:08x}",
-            self.msr.efer
-        )?;
-        let names = ["es", "cs", "ss", "ds", "fs", "gs"];
-        let named = names.into_iter().zip(&self.segments);
-        for (name, segment) in named.chain([("ldt", &self.ldtr), ("tr", &self.tr)]) {
-            writeln!(
-                out,
-                "{name:<3} {:04x}  base {:016x}  limit {:08x}  access {:04x}",
-                segment.selector, segment.base, segment.limit, segment.access
-            )?;
-        }
-        for (name, table) in [("gdt", self.gdtr), ("idt", self.idtr)] {
-            writeln!(
-                out,
-                "{name:<3}       base {:016x}  limit {:08x}",
-                table.base, table.limit
-            )?;
-        }
-        write!(out, "code at rip:")?;
-        let start = if self.bits64() {
-            self.rip()
-        } else {
-            self.segments[seg::CS].base.wrapping_add(self.rip()) & 0xffff_ffff
-        };
-        for at in 0..16 {
-            match self.peek(start.wrapping_add(at)) {
-                Some(byte) => write!(out, " {byte:02x}")?,
-                None => write!(out, " ??")?,
-            }
-        }
-        writeln!(out)?;
-        let seconds = self.shared.vm().moment().vm_ns / 1_000_000_000;
-        let (stack, count) = (self.regs[gpr::RSP], self.instructions);
-        write!(out, "stack at rsp {stack:#x}:")?;
-        for at in 0..4 {
-            let word = (0..8).try_fold(0, |word, byte| {
-                let address = self.segments[seg::SS]
-                    .base
-                    .wrapping_add(stack)
-                    .wrapping_add(at * 8 + byte);
-                self.peek(address).map(|value| word | u64::from(value) << (byte * 8))
-            });
-            match word {
-                Some(word) => write!(out, " {word:016x}")?,
-                None => write!(out, " ????????????????")?,
-            }
-        }
-        writeln!(out, "\n{count} instructions, {seconds} s since the start")
     }
 
     /// A byte of RAM at a linear address, without side effects.
@@ -283,6 +209,7 @@ impl Core {
 mod tests {
     use super::*;
     use crate::clock;
+    use crate::core::{gpr, seg};
     use crate::lapic::testing::Ends;
     use posada_engine::Msi;
 

@@ -75,7 +75,9 @@ void check_trap(const char *name, reg vector, reg error, reg ip);
 void done(void) __attribute__((noreturn));
 void die(const char *why) __attribute__((noreturn));
 void skip(const char *name, const char *why);
-/* QEMU's TCG: it lets some things pass that end the program. */
+/* Whether the loader's command line has this word. */
+int told(const char *word);
+/* QEMU's TCG, also below another hypervisor if the command line says tcg: it lets some things pass that end the program. */
 int under_tcg(void);
 void set_gate(int vector, const void *entry, int type_and_dpl, int ist);
 void set_gdt(int selector, u32 base, u32 limit, u32 access, u32 flags);

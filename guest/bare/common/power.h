@@ -3,21 +3,6 @@
 #define POWER_H
 #include "acpi.h"
 
-/* Whether the loader's command line has this word. */
-static inline int told(const char *word) {
-    const u32 *info = (u32 *)(reg)boot_info;
-    if (!(info[0] & 4))
-        return 0;
-    for (const char *at = (const char *)(reg)info[4]; *at; at++) {
-        const char *w = word;
-        for (const char *a = at; *w && *a == *w; a++)
-            w++;
-        if (!*w)
-            return 1;
-    }
-    return 0;
-}
-
 /* The value for S5 in the DSDT: the first of the package named _S5_. */
 static inline int sleep_type(const u8 *fadt) {
     const u8 *dsdt = (const u8 *)(reg)acpi_u32(fadt + 40);

@@ -80,6 +80,11 @@ impl Target {
         }
     }
 
+    /// Whether the engine can take one more break point. gdb sets them when the guest goes on, and then tells the user.
+    fn has_room(&self) -> bool {
+        self.software.len() + self.hardware.len() < self.life.engine.breakpoints()
+    }
+
     /// Why the VM stands, if it does.
     pub(super) fn stop_reason(&mut self) -> Option<MultiThreadStopReason<u64>> {
         if self.control.closed() {
@@ -262,8 +267,11 @@ fn remove(addresses: &mut Vec<u64>, address: u64) -> bool {
 /// Guest memory stays as it is: the engine knows where to stop.
 impl SwBreakpoint for Target {
     fn add_sw_breakpoint(&mut self, address: u64, _kind: usize) -> TargetResult<bool, Self> {
-        self.software.push(address);
-        Ok(true)
+        let room = self.has_room();
+        if room {
+            self.software.push(address);
+        }
+        Ok(room)
     }
 
     fn remove_sw_breakpoint(&mut self, address: u64, _kind: usize) -> TargetResult<bool, Self> {
@@ -273,8 +281,11 @@ impl SwBreakpoint for Target {
 
 impl HwBreakpoint for Target {
     fn add_hw_breakpoint(&mut self, address: u64, _kind: usize) -> TargetResult<bool, Self> {
-        self.hardware.push(address);
-        Ok(true)
+        let room = self.has_room();
+        if room {
+            self.hardware.push(address);
+        }
+        Ok(room)
     }
 
     fn remove_hw_breakpoint(&mut self, address: u64, _kind: usize) -> TargetResult<bool, Self> {

@@ -133,6 +133,17 @@ fn gdb_sees_registers_and_memory_and_stops_at_break_points_and_steps() {
         assert_eq!(gdb.rip(), ENTRY + 9);
         assert_eq!(gdb.ask(&format!("z1,{:x},1", ENTRY + 9)), "OK");
 
+        // As many of both kinds as the engine has.
+        for (kind, at) in [(0, 20), (1, 21), (0, 22), (1, 23)] {
+            assert_eq!(gdb.ask(&format!("Z{kind},{:x},1", ENTRY + at)), "OK");
+        }
+        for kind in [0, 1] {
+            assert!(gdb.ask(&format!("Z{kind},{:x},1", ENTRY + 24)).starts_with('E'));
+        }
+        for (kind, at) in [(0, 20), (1, 21), (0, 22), (1, 23)] {
+            assert_eq!(gdb.ask(&format!("z{kind},{:x},1", ENTRY + at)), "OK");
+        }
+
         assert_eq!(gdb.ask("m100000,6"), "6b65726e656c");
         assert_eq!(gdb.ask("m8000000000100000,2"), "6b65");
         assert_eq!(gdb.ask("M100000,2:4142"), "OK");
