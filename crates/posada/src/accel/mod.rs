@@ -24,6 +24,9 @@ pub enum Accelerator {
     Kvm,
     /// The software CPU
     Emulate,
+    /// The software CPU, which translates hot code into host code: fast, and not yet trusted
+    #[value(name = "emulate=translate")]
+    Translate,
 }
 
 /// What the VM gets.
@@ -33,6 +36,8 @@ pub enum Kind {
     Kvm,
     /// The software CPU.
     Emulator,
+    /// The software CPU with its translator.
+    Translator,
 }
 
 impl fmt::Display for Kind {
@@ -40,6 +45,7 @@ impl fmt::Display for Kind {
         out.write_str(match self {
             Self::Kvm => "KVM",
             Self::Emulator => "the software CPU",
+            Self::Translator => "the software CPU with its translator",
         })
     }
 }
@@ -52,7 +58,7 @@ impl Kind {
     fn offer(self) -> Result<Offer, Error> {
         match self {
             Self::Kvm => Ok(posada_kvm::Kvm::offer()?),
-            Self::Emulator => Ok(posada_x86::Emulator::offer()),
+            Self::Emulator | Self::Translator => Ok(posada_x86::Emulator::offer()),
         }
     }
 
@@ -64,6 +70,7 @@ impl Kind {
         Ok(match self {
             Self::Kvm => Arc::new(posada_kvm::Kvm::new(ram, model)?),
             Self::Emulator => Arc::new(posada_x86::Emulator::new(ram, model)?),
+            Self::Translator => Arc::new(posada_x86::Emulator::new(ram, model)?.translating()),
         })
     }
 
@@ -122,6 +129,7 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
         Accelerator::Auto => auto(false),
         Accelerator::Kvm => asked(Kind::Kvm)?,
         Accelerator::Emulate => asked(Kind::Emulator)?,
+        Accelerator::Translate => asked(Kind::Translator)?,
     };
     let cached = chosen.decision.as_ref().is_some_and(|(_, cached)| *cached);
     tracing::info!(engine = %chosen.kind, reason = chosen.reason, cached, "engine chosen");
