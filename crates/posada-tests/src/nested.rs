@@ -30,6 +30,8 @@ use std::time::{Duration, Instant};
 
 /// Commands that run at a time, beside those of [`TestHost::run`].
 const SLOTS: usize = 4;
+/// How many times longer the emulated test host may need than this machine.
+const SLOWDOWN: u32 = 4;
 /// The largest archive that goes in or out, in bytes.
 const TRANSFER: u64 = 8 << 30;
 
@@ -136,7 +138,8 @@ impl TestHost {
         let words = shell_words(command);
         let (session, input, streams) = Session::start(&self.control, &words)
             .unwrap_or_else(|error| panic!("cannot start {words} in the test host: {error}"));
-        Process::attach(format!("in the test host: {words}"), session, input, streams, patience)
+        let name = format!("in the test host: {words}");
+        Process::attach(name, session, input, streams, patience * SLOWDOWN)
     }
 
     /// Copies a file or folder of this machine into the folder `to` of the test host.
