@@ -1,12 +1,11 @@
-//! Memory for stubs: one memfd mapped twice, writable and executable. What is in it never moves and is never freed, so a
-//! decoded instruction may name its stub for ever; what no longer fits is assembled anew, in one slot that all share, each
-//! time it runs.
+//! Memory for stubs. What is in it never moves and is never freed, so a decoded instruction may name its stub for ever; what
+//! no longer fits is assembled anew, in one slot that all share, each time it runs.
 
 use super::form::Form;
 use super::trap;
+use crate::code_memory::CodeMemory;
 use std::collections::HashMap;
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 /// Bytes of stubs; a page costs memory only once used.
@@ -14,10 +13,9 @@ const SIZE: usize = 4 << 20;
 /// Bytes at the end of it for the shared slot, more than any stub takes.
 const SLOT: usize = 4096;
 
-/// The mapping and what lies in it.
+/// The memory and what lies in it. Writes to it happen under the mutexes.
 pub struct Arena {
-    writable: *mut u8,
-    executable: *const u8,
+    memory: CodeMemory,
     kept: Mutex<Kept>,
     slot: Mutex<()>,
 }
@@ -27,11 +25,6 @@ struct Kept {
     forms: HashMap<u64, &'static Form>,
     used: usize,
 }
-
-// SAFETY: the pointers name mappings that are never unmapped; writes through them happen under the mutexes.
-unsafe impl Send for Arena {}
-// SAFETY: as above.
-unsafe impl Sync for Arena {}
 
 /// The arena of this process.
 ///
@@ -47,41 +40,12 @@ pub fn arena() -> io::Result<&'static Arena> {
 
 impl Arena {
     fn new() -> io::Result<Self> {
-        // SAFETY: a constant, terminated name.
-        let file = unsafe { libc::memfd_create(c"posada-stubs".as_ptr(), libc::MFD_CLOEXEC) };
-        if file < 0 {
-            return Err(io::Error::last_os_error());
-        }
-        // SAFETY: a new descriptor that nobody else owns.
-        let file = unsafe { OwnedFd::from_raw_fd(file) };
-        // SAFETY: our own descriptor.
-        if unsafe { libc::ftruncate(file.as_raw_fd(), SIZE as libc::off_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        let map = |protection| {
-            // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
-            let at = unsafe {
-                libc::mmap(
-                    std::ptr::null_mut(),
-                    SIZE,
-                    protection,
-                    libc::MAP_SHARED,
-                    file.as_raw_fd(),
-                    0,
-                )
-            };
-            if at == libc::MAP_FAILED {
-                return Err(io::Error::last_os_error());
-            }
-            Ok(at.cast::<u8>())
-        };
         let arena = Self {
-            writable: map(libc::PROT_READ | libc::PROT_WRITE)?,
-            executable: map(libc::PROT_READ | libc::PROT_EXEC)?,
+            memory: CodeMemory::new(c"posada-stubs", SIZE)?,
             kept: Mutex::default(),
             slot: Mutex::default(),
         };
-        trap::catch(arena.executable as u64, SIZE as u64)?;
+        trap::catch(arena.memory.executable())?;
         Ok(arena)
     }
 
@@ -119,8 +83,8 @@ impl Arena {
 
     fn place(&self, form: &mut Form, code: &[u8], offset: usize) {
         // SAFETY: `offset` and the length were checked against the arena's; nobody runs these bytes yet.
-        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.writable.add(offset), code.len()) };
-        form.place(self.executable.wrapping_add(offset));
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.memory.writable().add(offset), code.len()) };
+        form.place((self.memory.executable().start as *const u8).wrapping_add(offset));
     }
 }
 

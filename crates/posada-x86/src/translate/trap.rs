@@ -4,6 +4,7 @@
 
 use super::frame::{self, Frame};
 use crate::core::Core;
+use crate::signal;
 use std::arch::asm;
 use std::cell::Cell;
 use std::mem::{MaybeUninit, offset_of};
@@ -36,14 +37,7 @@ pub fn install() -> io::Result<()> {
     static DONE: OnceLock<Result<(), i32>> = OnceLock::new();
     DONE.get_or_init(|| {
         for (signal, before) in SIGNALS.into_iter().zip(&BEFORE) {
-            // SAFETY: all zeroes is a valid action to fill in.
-            let (mut action, mut old): (libc::sigaction, libc::sigaction) = unsafe { std::mem::zeroed() };
-            action.sa_sigaction = handler as *const () as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-            // SAFETY: the handler is async-signal-safe: it reads cells and changes the context.
-            if unsafe { libc::sigaction(signal, &action, &mut old) } != 0 {
-                return Err(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EINVAL));
-            }
+            let old = signal::install(signal, handler).map_err(|error| error.raw_os_error().unwrap_or(libc::EINVAL))?;
             let _ = before.set(old);
         }
         Ok(())
@@ -126,22 +120,5 @@ extern "C" fn handler(signal: libc::c_int, info: *mut libc::siginfo_t, context: 
     }
     let at = SIGNALS.iter().position(|&known| known == signal);
     let before = at.and_then(|at| BEFORE[at].get());
-    match before.map(|action| (action.sa_sigaction, action.sa_flags)) {
-        Some((address, flags)) if address != libc::SIG_DFL && address != libc::SIG_IGN => {
-            if flags & libc::SA_SIGINFO != 0 {
-                // SAFETY: the address that the program registered with this signature.
-                let next: extern "C" fn(libc::c_int, *mut libc::siginfo_t, *mut libc::c_void) =
-                    unsafe { std::mem::transmute(address) };
-                next(signal, info, context);
-            } else {
-                // SAFETY: as above.
-                let next: extern "C" fn(libc::c_int) = unsafe { std::mem::transmute(address) };
-                next(signal);
-            }
-        }
-        // SAFETY: back to the default; the instruction runs again and ends the process.
-        _ => unsafe {
-            libc::signal(signal, libc::SIG_DFL);
-        },
-    }
+    signal::pass_on(before, signal, info, context);
 }
