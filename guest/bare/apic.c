@@ -1,7 +1,7 @@
 /* The local APIC (SDM 3A, chapter 11): registers, priorities, self IPIs, NMI, the timer's three modes, x2APIC. */
 #include "common/apic.h"
 
-enum { NMI = 2, LOW = 0x41, MIDDLE = 0x61, HIGH = 0x91, TIMER = 0xa0, SPURIOUS = 0xff };
+enum { LOW = 0x41, MIDDLE = 0x61, HIGH = 0x91, TIMER = 0xa0, SPURIOUS = 0xff };
 static volatile u32 order[32], arrived;
 static volatile u32 isr_inside, irr_inside, ppr_inside;
 static int x2;

@@ -2,7 +2,7 @@
  * shootdowns. */
 #include "common/smp.h"
 
-enum { IPI = 0x60, TIMER = 0x70, SHOOT = 0x80 + 1, NMI = 2 };
+enum { IPI = 0x60, TIMER = 0x70, SHOOT = 0x80 + 1 };
 static volatile u32 received[MAX_CPUS], timers[MAX_CPUS], nmis[MAX_CPUS];
 static u32 everybody(void) { return online; }
 
@@ -135,6 +135,7 @@ static void wake_ups(void) {
     on_all(flood);
     check("no wake-up was lost", total(timers), rounds * cpus);
     check("every letter arrived", total(letters), rounds * cpus);
+    check("no interrupt between STI and HLT", early_interrupts, 0);
 }
 
 /* ---- atomicity */

@@ -9,6 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+/// For a Linux in a test host. QEMU's VMRUN forgets that an interrupt must not come between STI and HLT, so that an idle CPU
+/// may sleep on with work to do, until its next interrupt: with this that is at most a tick away.
+const TICK_WHEN_IDLE: &str = "nohz=off";
+
 /// The binary under test: what `POSADA_BIN` names, else the release build of this workspace.
 ///
 /// # Panics
@@ -153,7 +157,11 @@ impl Launch {
     /// # Panics
     /// When the test host does not answer.
     pub fn start_in(&self, host: &TestHost) -> Process {
-        host.start_command(&self.as_command(), self.patience)
+        let mut launch = self.clone();
+        if let Some(option) = launch.arguments.iter().position(|argument| argument == "--cmdline") {
+            launch.arguments[option + 1].push(format!(" {TICK_WHEN_IDLE}"));
+        }
+        host.start_command(&launch.as_command(), launch.patience)
     }
 
     /// Starts it on a new terminal; gives the terminal's settings before it came, too.

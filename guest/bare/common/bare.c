@@ -157,7 +157,17 @@ void die(const char *why) {
     done();
 }
 
+extern char wait_halt[];
+asm(".globl wait_interrupt, wait_halt\nwait_interrupt: sti\nwait_halt: hlt\ncli\nret");
+volatile u32 early_interrupts;
+
 void trap(struct frame *f) {
+    if (f->ip == (reg)wait_halt) {
+        /* What it would wait for has come: it must not sleep on. Only an NMI may come here. */
+        if (f->vector != NMI)
+            __atomic_fetch_add(&early_interrupts, 1, __ATOMIC_SEQ_CST);
+        f->ip++;
+    }
     if (handlers[f->vector & 255]) {
         handlers[f->vector & 255](f);
         return;

@@ -12,7 +12,9 @@ typedef unsigned long reg;
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
 #define PAGE 4096
 
-enum { DE = 0, DB = 1, BP = 3, OF = 4, BR = 5, UD = 6, NM = 7, DF = 8, TS = 10, NP = 11, SS = 12, GP = 13, PF = 14, AC = 17 };
+enum {
+    DE = 0, DB = 1, NMI = 2, BP = 3, OF = 4, BR = 5, UD = 6, NM = 7, DF = 8, TS = 10, NP = 11, SS = 12, GP = 13, PF = 14, AC = 17,
+};
 /* What `last.vector` says when nothing was trapped, and the gate user mode ends with. */
 enum { NO_TRAP = 0xfff, USER_END = 0x80 };
 
@@ -150,7 +152,9 @@ static inline void set_flags(reg v) { asm volatile("push %0; popf" ::"r"(v) : "m
 static inline void interrupts_on(void) { asm volatile("sti" ::: "memory"); }
 static inline void interrupts_off(void) { asm volatile("cli" ::: "memory"); }
 /* Waits for one interrupt; interrupts are off before and after. */
-static inline void wait_interrupt(void) { asm volatile("sti; hlt; cli" ::: "memory"); }
+void wait_interrupt(void);
+/* How many interrupts came between its STI and its HLT, where a processor holds them back. */
+extern volatile u32 early_interrupts;
 static inline void pause(void) { asm volatile("pause" ::: "memory"); }
 static inline int cpu_has(u32 leaf, u32 sub, int word, int bit) {
     u32 r[4];
