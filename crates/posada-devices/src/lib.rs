@@ -28,7 +28,7 @@
 //! mmio.insert(0xc000_0000..0xe000_0000, Arc::new(window))?;
 //!
 //! let disk = virtio::blk::open_disk("disk.img".as_ref(), false)?;
-//! let blk = virtio::blk::Blk::new(disk, "disk0");
+//! let blk = virtio::blk::Blk::new(disk, "disk0", 2);
 //! root.add(virtio::VirtioPci::new(blk, ram, sink, Arc::new(bell::NoDoorbells))?)?;
 //!
 //! com1.input(b"root\n");

@@ -152,7 +152,7 @@ impl Launch {
         Process::start(&mut self.as_command(), self.patience)
     }
 
-    /// Starts it in a test host, where paths mean what they mean here.
+    /// Starts it in a test host, where paths mean what they mean here; a Linux keeps its ticks there when it is idle.
     ///
     /// # Panics
     /// When the test host does not answer.
@@ -172,7 +172,11 @@ impl Launch {
         Process::start_on_terminal(&mut self.as_command(), self.patience)
     }
 
-    fn as_command(&self) -> Command {
+    /// The command itself.
+    ///
+    /// # Panics
+    /// When there is no binary.
+    pub fn as_command(&self) -> Command {
         let mut command = Command::new(posada());
         command.args(&self.arguments);
         if let Some(folder) = &self.folder {

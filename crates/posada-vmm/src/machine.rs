@@ -49,6 +49,8 @@ pub enum Error {
 
 /// What differs from machine to machine.
 pub struct Parts<'a> {
+    /// How many vCPUs it has; disks have as many queues.
+    pub cpus: u32,
     /// Disks, in the order of their slots.
     pub disks: &'a [BlkDisk],
     /// Where COM1 prints, and when.
@@ -146,7 +148,7 @@ impl Machine {
             let disk = disk
                 .try_clone()
                 .map_err(|source| Error::Host { what: "disk", source })?;
-            let device = Blk::new(disk, &format!("disk{index}"));
+            let device = Blk::new(disk, &format!("disk{index}"), parts.cpus);
             let function = add(device.clone())?;
             disks.push(Disk { device, function });
         }

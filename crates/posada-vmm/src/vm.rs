@@ -215,6 +215,7 @@ impl Life {
         let engine = make_engine(ram.clone(), &config.model)?;
         let virtio_console = config.virtio_console.then(|| console.writer()).transpose();
         let parts = Parts {
+            cpus: config.model.cpus,
             disks: &subject.disks,
             com1: console.writer().map_err(console::Error::Stdio)?,
             virtio_console: virtio_console.map_err(console::Error::Stdio)?.map(|(writer, _)| writer),

@@ -1,5 +1,6 @@
 //! virtio-blk (virtio 1.2 section 5.2) over a raw disk. A flush is acknowledged only when the host has written everything;
-//! discard and write-zeroes give space back. Requests are served in order by a thread of the device.
+//! discard and write-zeroes give space back. A guest has a queue for each of its CPUs, so that the one that has asked gets the
+//! interrupt; a thread of the device serves them by turns, and each in order.
 
 use super::disk::{Disk, SECTOR};
 use super::{Broken, Chain, DeviceState, Segments, Signal, VirtQueue, VirtioDevice};
@@ -18,10 +19,13 @@ const RO: u64 = 1 << 5;
 const BLK_SIZE: u64 = 1 << 6;
 const FLUSH: u64 = 1 << 9;
 const TOPOLOGY: u64 = 1 << 10;
+const MQ: u64 = 1 << 12;
 const DISCARD: u64 = 1 << 13;
 const WRITE_ZEROES: u64 = 1 << 14;
 
 const QUEUE_SIZE: u16 = 256;
+/// Beyond this number of CPUs, some share a queue.
+const QUEUES: u16 = 64;
 /// Data buffers a request: what is left of the queue beside header and status.
 const SEGMENTS: u32 = QUEUE_SIZE as u32 - 2;
 /// Sectors of one discard or write-zeroes range, and ranges a request.
@@ -105,15 +109,18 @@ pub struct BlkState {
 pub struct Blk {
     disk: Disk,
     id: String,
+    queue_sizes: Vec<u16>,
     counters: Counters,
 }
 
 impl Blk {
-    /// A device for `disk`; the guest sees the first 20 bytes of `id` as its serial number.
-    pub fn new(disk: Disk, id: &str) -> Arc<Self> {
+    /// A device for `disk` in a machine of `cpus`; the guest sees the first 20 bytes of `id` as its serial number.
+    pub fn new(disk: Disk, id: &str, cpus: u32) -> Arc<Self> {
+        let queues = cpus.clamp(1, QUEUES.into());
         Arc::new(Self {
             disk,
             id: id.into(),
+            queue_sizes: vec![QUEUE_SIZE; queues as usize],
             counters: Counters::default(),
         })
     }
@@ -254,7 +261,7 @@ impl VirtioDevice for Blk {
     }
 
     fn features(&self) -> u64 {
-        let common = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY;
+        let common = SEG_MAX | BLK_SIZE | FLUSH | TOPOLOGY | if self.queue_sizes.len() > 1 { MQ } else { 0 };
         common
             | if self.disk.read_only() {
                 RO
@@ -264,7 +271,7 @@ impl VirtioDevice for Blk {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
@@ -276,6 +283,7 @@ impl VirtioDevice for Blk {
         // Topology: 8 sectors to a physical block of 4 KiB, which is also the best I/O size's unit.
         put(24, &[3, 0]);
         put(26, &8_u16.to_le_bytes());
+        put(34, &(self.queue_sizes.len() as u16).to_le_bytes());
         // Discard: sectors, ranges, alignment in sectors. Then write-zeroes: sectors, ranges, may unmap.
         put(36, &RANGE_SECTORS.to_le_bytes());
         put(40, &RANGES.to_le_bytes());
@@ -287,7 +295,7 @@ impl VirtioDevice for Blk {
     }
 
     fn serve(&self, queues: &mut [VirtQueue], signal: &Signal) -> Result<(), Broken> {
-        queues[0].drain(signal, |ram, chain| self.answer(ram, chain))
+        VirtQueue::drain_all(queues, signal, |ram, chain| self.answer(ram, chain))
     }
 
     fn save(&self) -> DeviceState {
@@ -327,6 +335,7 @@ impl VirtioDevice for Blk {
 #[cfg(test)]
 mod tests {
     use super::super::driver::{DATA, Driver, NEXT, RAM, SIZE, WRITE};
+    use super::super::transport::Work;
     use super::*;
     use crate::testing::Random;
     use std::os::unix::fs::MetadataExt;
@@ -353,7 +362,7 @@ mod tests {
     }
 
     fn driver(file: &File, read_only: bool) -> (Driver, Arc<Blk>) {
-        let blk = Blk::new(open_disk(&file.0, read_only).unwrap(), "serial");
+        let blk = Blk::new(open_disk(&file.0, read_only).unwrap(), "serial", 2);
         let features = blk.features();
         (Driver::new(blk.clone(), features), blk)
     }
@@ -492,6 +501,54 @@ mod tests {
         assert_eq!(submit(&mut driver, request::DISCARD, 0, &[(BUFFER, 16, false)]), (2, 1));
         driver.put(BUFFER, &range(2047, 2, 0));
         assert_eq!(submit(&mut driver, request::DISCARD, 0, &[(BUFFER, 16, false)]), (1, 1));
+    }
+
+    #[test]
+    fn every_cpu_has_a_queue_with_an_interrupt_of_its_own() {
+        let file = File::new("queues", &[0x11; 8192]);
+        let (mut driver, blk) = driver(&file, false);
+        let with = |cpus| Blk::new(blk.disk().try_clone().unwrap(), "", cpus);
+        assert_eq!((with(1).queue_sizes().len(), with(1).features() & MQ), (1, 0));
+        assert_eq!(with(1000).queue_sizes().len(), 64);
+        assert_ne!(blk.features() & MQ, 0);
+        assert_eq!(driver.read::<2>(0x2000 + 34), 2_u16.to_le_bytes(), "num_queues");
+        for (queue, msi) in [(1, 0x32), (0, 0x31)] {
+            header(&driver, request::IN, 1);
+            let chain = [(HEADER, 16, false), (BUFFER, 512, true), (STATUS, 1, true)];
+            assert_eq!(driver.request(queue, &chain), 513);
+            while driver.sink.is_empty() {
+                std::thread::yield_now();
+            }
+            let sent: Vec<u32> = driver.sink.take().iter().map(|msi| msi.data).collect();
+            assert_eq!(sent, [msi], "queue {queue}");
+        }
+    }
+
+    #[test]
+    fn a_full_queue_lets_the_others_have_their_turn() {
+        let file = File::new("turns", &[0x11; 8192]);
+        let (mut driver, _) = driver(&file, false);
+        driver.pci.quiesce();
+        header(&driver, request::IN, 0);
+        let chain = [(HEADER, 16, false), (BUFFER, 512, true), (STATUS, 1, true)];
+        // One chain, 32 times.
+        driver.make(0, &chain);
+        for _ in 1..SIZE {
+            driver.put_available(0, 0);
+        }
+        driver.make(1, &chain);
+        let mut common = driver.pci.common.lock().unwrap();
+        let Work::Held(queues) = &mut common.work else {
+            panic!("the device stands still");
+        };
+        let (signal, mut order) = (Signal::new().unwrap(), Vec::new());
+        VirtQueue::drain_all(queues, &signal, |_, _| {
+            order.push((driver.used(0), driver.used(1)));
+            Ok(1)
+        })
+        .unwrap();
+        assert_eq!(order.len(), usize::from(SIZE) + 1);
+        assert_eq!((order[8], order[9]), ((8, 0), (8, 1)));
     }
 
     #[test]

@@ -8,6 +8,8 @@ use vm_memory::{Bytes, GuestAddress};
 
 /// VIRTQ_AVAIL_F_NO_INTERRUPT.
 const NO_INTERRUPT: u16 = 1;
+/// Chains of a queue before the next one has its turn.
+const TURN: u16 = 8;
 
 /// The driver broke the rules of the ring; nothing in it can be trusted until a reset.
 #[derive(Debug, thiserror::Error)]
@@ -239,20 +241,50 @@ impl VirtQueue {
         signal: &Signal,
         mut serve: impl FnMut(&GuestRam, Chain) -> Result<u32, Broken>,
     ) -> Result<(), Broken> {
+        while self.turn(signal, u16::MAX, &mut serve)? {}
+        Ok(())
+    }
+
+    /// The same for several queues, by turns: none waits long for a full one.
+    ///
+    /// # Errors
+    /// [`Broken`], also from `serve`.
+    pub fn drain_all(
+        queues: &mut [Self],
+        signal: &Signal,
+        mut serve: impl FnMut(&GuestRam, Chain) -> Result<u32, Broken>,
+    ) -> Result<(), Broken> {
         loop {
-            // With EVENT_IDX there is nothing to do for that: the driver rings only for the chain that was asked for.
-            self.disable_notification()?;
-            while let Some(chain) = self.pop()? {
-                let head = chain.head;
-                let written = serve(&self.ram, chain)?;
-                self.push(head, written)?;
-                if signal.stopping() {
-                    return Ok(());
-                }
+            let mut more = false;
+            for queue in &mut *queues {
+                more |= queue.turn(signal, TURN, &mut serve)?;
             }
-            if !self.enable_notification()? {
+            if !more || signal.stopping() {
                 return Ok(());
             }
         }
+    }
+
+    /// Serves up to `most` chains. True: there may be more, and the driver will not ring for them.
+    fn turn(
+        &mut self,
+        signal: &Signal,
+        most: u16,
+        serve: &mut impl FnMut(&GuestRam, Chain) -> Result<u32, Broken>,
+    ) -> Result<bool, Broken> {
+        // With EVENT_IDX there is nothing to do for that: the driver rings only for the chain that was asked for.
+        self.disable_notification()?;
+        for _ in 0..most {
+            if signal.stopping() {
+                return Ok(false);
+            }
+            let Some(chain) = self.pop()? else {
+                return self.enable_notification();
+            };
+            let head = chain.head;
+            let written = serve(&self.ram, chain)?;
+            self.push(head, written)?;
+        }
+        Ok(true)
     }
 }

@@ -302,7 +302,7 @@ mod tests {
             let file = File::new("traffic", u64::from(SECTORS) * 512);
             let disk = file.disk();
             let mut random = Random::new(seed);
-            let mut devices = vec![Blk::new(disk.try_clone().unwrap(), "d")];
+            let mut devices = vec![Blk::new(disk.try_clone().unwrap(), "d", 1)];
             let mut driver = Driver::new(devices[0].clone(), features);
             let mut number = 0;
             while number < SECTORS {
@@ -317,7 +317,7 @@ mod tests {
                     write(&mut driver, number);
                 }
                 if how < 2 {
-                    devices.push(Blk::new(disk.try_clone().unwrap(), "d"));
+                    devices.push(Blk::new(disk.try_clone().unwrap(), "d", 1));
                     driver.move_to(devices.last().unwrap().clone());
                 }
                 while driver.used(0) != driver.available[0] {
@@ -438,7 +438,7 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_named() {
         let (file, small) = (File::new("fit", 8192 * 512), File::new("small", 4096 * 512));
-        let blk = || Blk::new(file.disk(), "d");
+        let blk = || Blk::new(file.disk(), "d", 1);
         let driver = Driver::new(blk(), 0);
         let good = driver.pci.save();
         let ram = driver.ram.clone();
@@ -446,7 +446,7 @@ mod tests {
             let error = idle(device, &ram).restore(state).unwrap_err();
             error.of("disk 1").to_string()
         };
-        let small: Arc<dyn VirtioDevice> = Blk::new(small.disk(), "d");
+        let small: Arc<dyn VirtioDevice> = Blk::new(small.disk(), "d", 1);
         assert_eq!(refuse(small, &good), "disk 1 has 4096 sectors, the snapshot's has 8192");
         drop(driver);
         let rng = Arc::new(Rng::new().unwrap());
@@ -473,7 +473,7 @@ mod tests {
     fn damaged_states_are_refused_or_harmless() {
         let file = File::new("damaged", 1 << 16);
         let disk = file.disk();
-        let blk = || Blk::new(disk.try_clone().unwrap(), "d");
+        let blk = || Blk::new(disk.try_clone().unwrap(), "d", 1);
         let mut driver = Driver::new(blk(), EVENT_IDX);
         driver.request(0, &[(DATA, 16, false), (DATA + 0x100, 1, true)]);
         driver.pci.quiesce();

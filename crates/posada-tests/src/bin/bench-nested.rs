@@ -72,7 +72,7 @@ impl Monitor {
                     .memory(&format!("{MEMORY_MIB}M"))
                     .arg("--summary")
                     .arg(SUMMARY);
-                return launch.patience(PATIENCE).start_in(host);
+                return host.start_command(&launch.as_command(), PATIENCE);
             }
             Self::Microvm => ("virtio-blk-device", "microvm"),
             Self::MicrovmPci => ("virtio-blk-pci", "microvm,pcie=on"),

@@ -173,6 +173,7 @@ mod tests {
         let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
         let engine: Arc<dyn Engine> = Arc::new(FakeEngine::new(Arc::new(|_, _, _| Step::Halt)));
         let parts = Parts {
+            cpus: 1,
             disks,
             com1: (Box::new(io::sink()), Flush::Byte),
             virtio_console: virtio_console.then(|| Box::new(io::sink()) as Box<dyn io::Write + Send>),
