@@ -9,7 +9,7 @@ pub use vm_clock::VmClock;
 
 use crate::clock::{self, Rate};
 use alarm::Alarms;
-use posada_engine::clock::Moment;
+use posada_engine::clock::{Moment, real_time_ns};
 use posada_engine::cpu::CpuModel;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -104,7 +104,7 @@ impl Vm {
         let host_tsc = self.rate.guest(clock::host_tsc());
         Moment {
             vm_ns: self.clock().ns(host_tsc),
-            real_ns: clock::real_time_ns(),
+            real_ns: real_time_ns(),
             host_tsc,
         }
     }
