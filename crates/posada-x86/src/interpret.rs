@@ -153,8 +153,7 @@ impl Core {
                 return Stop::Pending;
             }
             if self.interrupt_shadow {
-                // One instruction before anything else may come in between.
-                self.interrupt_shadow = false;
+                // One instruction before anything else may come in between, but for a debugger.
                 if let Some(stop) = self.step_carefully() {
                     return stop;
                 }
@@ -446,6 +445,7 @@ impl Core {
             return Some(Stop::Debug);
         }
         self.debug_passed = None;
+        self.interrupt_shadow = false;
         let before = (self.system_flags, self.cpl, self.rip());
         let resume = before.0 & flag::RF;
         let hits = if resume != 0 { 0 } else { self.code_breakpoints(linear) };

@@ -1,7 +1,8 @@
 use super::*;
+use crate::interpret::Stop;
 use crate::lapic::testing::{Ends, IDLE, idle, lone, served, vcpu, write};
 use crate::shared::{Mailbox, Vm};
-use posada_engine::{Kick, Msi, MsiSink};
+use posada_engine::{DebugControl, Kick, Msi, MsiSink};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
@@ -94,6 +95,45 @@ fn the_shadow_holds_an_interrupt_back_for_another_look() {
     assert!(core.shared.pending());
     core.interrupt_shadow = false;
     assert_eq!(served(&mut core), Some(0x41));
+}
+
+/// Runs to the debugger's next stop; gives RIP and AX there.
+fn debugged(core: &mut Core) -> (u64, u64) {
+    loop {
+        assert_eq!(core.service(), None);
+        if core.execute() == Stop::Debug {
+            return (core.rip(), core.regs[gpr::RAX]);
+        }
+    }
+}
+
+#[test]
+fn a_break_point_in_the_shadow_of_sti_or_mov_ss_leaves_it_whole() {
+    // sti, or mov ss, dx; inc ax; hlt
+    for code in [&[0xfb, 0x40, 0xf4][..], &[0x8e, 0xd2, 0x40, 0xf4]] {
+        for single_step in [false, true] {
+            let mut core = lone();
+            core.physical_write(IDLE, code);
+            (core.segments[seg::CS].selector, core.segments[seg::CS].base) = (0, 0);
+            if code[0] == 0xfb {
+                core.system_flags &= !flag::IF;
+            }
+            let shadowed = IDLE + code.len() as u64 - 2;
+            let mut debug = DebugControl {
+                single_step: false,
+                breakpoints: vec![shadowed, 0x41],
+            };
+            core.set_debug(&debug);
+            assert_eq!(debugged(&mut core), (shadowed, 0));
+            write(&mut core, 0x300, 1 << 18 | 0x41);
+            debug.single_step = single_step;
+            core.set_debug(&debug);
+            if single_step {
+                assert_eq!(debugged(&mut core), (shadowed + 1, 1));
+            }
+            assert_eq!(debugged(&mut core), (0x41, 1));
+        }
+    }
 }
 
 #[test]
