@@ -145,7 +145,7 @@ impl Core {
 
     fn answer_announcements(&mut self) {
         let count = self.shared.announcements();
-        self.mmu.forbid_writes_to_code(self.ram.code());
+        self.mmu.forbid_writes_to_code();
         self.shared.mailbox().answer(count);
         self.leave_block();
     }

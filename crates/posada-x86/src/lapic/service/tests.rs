@@ -1,8 +1,9 @@
 use super::*;
 use crate::interpret::Stop;
-use crate::lapic::testing::{Ends, IDLE, idle, lone, served, vcpu, write};
+use crate::lapic::testing::{Ends, IDLE, idle, lone, served, vcpu, vcpu_on, write};
 use crate::shared::{Mailbox, Vm};
 use posada_engine::{DebugControl, Kick, Msi, MsiSink};
+use posada_memory::GuestRam;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
@@ -309,8 +310,7 @@ fn init_of_the_boot_processor_leads_to_the_reset_vector() {
 fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
     let vm = Vm::with_cpus(2);
     let mut first = vcpu(&vm, 0, Arc::new(Ends::default()));
-    let mut second = vcpu(&vm, 1, Arc::new(Ends::default()));
-    second.ram = Arc::clone(&first.ram);
+    let mut second = vcpu_on(Arc::clone(&first.ram), &vm, 1, Arc::new(Ends::default()));
     second.store_system(0x5000, 1u32).unwrap();
     let ram = Arc::clone(&first.ram);
     let page = ram.code().page(0x5000);
@@ -340,6 +340,43 @@ fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
     second.shared.mailbox().leave();
     first.shared.announce_code();
     first.serialize();
+}
+
+#[test]
+fn stores_to_code_are_seen_though_their_entry_goes_before_the_announcement_is_heard() {
+    const PAGE: u64 = 0x5000;
+    let ways: [(&str, fn(&mut Core)); 5] = [
+        ("all go", |core| core.mmu.flush()),
+        ("all but global ones go", |core| core.mmu.flush_non_global()),
+        ("one goes", |core| core.mmu.flush_page(PAGE + 0x123)),
+        ("another takes its place", |core| {
+            core.load_system::<u32>(PAGE + 4096 * crate::tlb::ENTRIES as u64)
+                .unwrap();
+        }),
+        ("a debugger sets the state", |core| {
+            let state = core.state();
+            core.set_state(&state);
+        }),
+    ];
+    for (name, go) in ways {
+        let (vm, ram) = (Vm::with_cpus(2), Arc::new(GuestRam::new(8 << 20).unwrap()));
+        let [first, mut second] = [0, 1].map(|index| vcpu_on(ram.clone(), &vm, index, Arc::new(Ends::default())));
+        second.store_system(PAGE, 1u32).unwrap();
+        let page = ram.code().page(PAGE);
+        // What decoding does.
+        assert!(page.mark(0, 4));
+        first.shared.announce_code();
+        let version = page.version();
+        second.store_system(PAGE, 2u32).unwrap();
+        assert_eq!(
+            page.version(),
+            version,
+            "{name}: the test needs a store that goes past the marks"
+        );
+        go(&mut second);
+        assert_eq!(second.service(), None);
+        assert_ne!(page.version(), version, "{name}");
+    }
 }
 
 #[test]
