@@ -373,11 +373,7 @@ impl Core {
                 return None;
             }
             // Now that its length is known, the code map's protocol: mark, read the version, read the bytes, look at the mark.
-            if record.mark(offset as u64, at as u64) {
-                self.mmu.forbid_writes(page);
-                self.shared.announce_code();
-            }
-            let version = record.version();
+            let version = self.mark_code(page + offset as u64, at as u64);
             let mut again = [0; LONGEST * MAX_LENGTH];
             copy_code(host, offset, &mut again[..at]);
             if bytes[..at] != again[..at] || !record.marked(offset as u64, at as u64) {

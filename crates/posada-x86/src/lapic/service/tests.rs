@@ -344,8 +344,9 @@ fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
 
 #[test]
 fn stores_to_code_are_seen_though_their_entry_goes_before_the_announcement_is_heard() {
+    type Way = fn(&mut Core);
     const PAGE: u64 = 0x5000;
-    let ways: [(&str, fn(&mut Core)); 5] = [
+    let ways: [(&str, Way); 5] = [
         ("all go", |core| core.mmu.flush()),
         ("all but global ones go", |core| core.mmu.flush_non_global()),
         ("one goes", |core| core.mmu.flush_page(PAGE + 0x123)),
@@ -377,6 +378,47 @@ fn stores_to_code_are_seen_though_their_entry_goes_before_the_announcement_is_he
         assert_eq!(second.service(), None);
         assert_ne!(page.version(), version, "{name}");
     }
+}
+
+/// Three vCPUs of a VM with 1 MiB of RAM.
+fn three() -> [Box<Core>; 3] {
+    let (vm, ram) = (Vm::with_cpus(3), Arc::new(GuestRam::new(1 << 20).unwrap()));
+    [0, 1, 2].map(|index| vcpu_on(ram.clone(), &vm, index, Arc::new(Ends::default())))
+}
+
+#[test]
+fn serialising_waits_for_those_who_have_not_heard_of_code_that_another_announced() {
+    let [mut first, mut second, mut third] = three();
+    first.mark_code(0x5000, 4);
+    assert_eq!(third.service(), None);
+    assert!(third.shared.settled(), "it uses no code");
+    third.mark_code(0x5000, 4);
+    assert!(!third.shared.settled(), "the second may still store past the marks");
+    assert_eq!(second.service(), None);
+    assert!(third.shared.settled() && first.shared.settled());
+    third.mark_code(0x5010, 4);
+    assert!(third.shared.settled());
+    // Two announcements that cross each other.
+    first.mark_code(0x6000, 4);
+    second.mark_code(0x7000, 4);
+    assert!(!first.shared.settled() && !second.shared.settled());
+    for core in [&mut first, &mut second, &mut third] {
+        assert_eq!(core.service(), None);
+    }
+    assert!(first.shared.settled() && second.shared.settled());
+}
+
+#[test]
+fn code_that_another_has_marked_and_not_yet_announced_is_announced_by_whoever_uses_it() {
+    let [first, mut second, mut third] = three();
+    second.store_system(0x5000, 1u32).unwrap();
+    let page = first.ram.code().page(0x5000);
+    // The first vCPU loses its processor here.
+    assert!(page.mark(0, 4));
+    let version = third.mark_code(0x5000, 4);
+    assert!(second.shared.pending() && !third.shared.settled());
+    second.store_system(0x5000, 2u32).unwrap();
+    assert_eq!((second.service(), page.version() != version), (None, true));
 }
 
 #[test]
