@@ -3,9 +3,9 @@
 
 use crate::bus::PortDevice;
 use crate::state::StateError;
+use posada_engine::clock::real_time_ns;
 use serde::{Deserialize, Serialize};
 use std::sync::Mutex;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// First port.
 pub const PORT: u64 = 0x70;
@@ -51,11 +51,7 @@ impl Rtc {
                 index: 0,
                 memory: [0; MEMORY],
             }),
-            now: || {
-                SystemTime::now()
-                    .duration_since(UNIX_EPOCH)
-                    .map_or(0, |time| time.as_secs())
-            },
+            now: || real_time_ns() / 1_000_000_000,
         }
     }
 

@@ -5,6 +5,24 @@
 //! without the guest's help. Neither ever goes back.
 
 use serde::{Deserialize, Serialize};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Frequencies closer than this (parts per million) are one: no two measurements of a counter agree better, and no clock is
+/// set right oftener. By KVM's default (`tsc_tolerance_ppm`), so that it and we scale a guest's TSC, or neither.
+pub const TOLERANCE_PPM: u64 = 250;
+
+/// Whether a guest's TSC of `guest_khz` is within `ppm` (parts per million, at most a million) of the host's `host_khz`.
+/// Rounded as KVM does.
+pub fn is_near(guest_khz: u64, host_khz: u64, ppm: u64) -> bool {
+    let bound = |part| (u128::from(host_khz) * u128::from(part) / 1_000_000) as u64;
+    (bound(1_000_000 - ppm)..=bound(1_000_000 + ppm)).contains(&guest_khz)
+}
+
+/// Nanoseconds since the Unix epoch, by the host's clock; 0 before it.
+pub fn real_time_ns() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_nanos() as u64)
+}
 
 /// One moment on all clocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -55,6 +73,20 @@ mod tests {
         },
         tsc_khz: 2_000_000,
     };
+
+    #[test]
+    fn a_frequency_is_near_up_to_and_with_the_bound() {
+        for (guest, near) in [
+            (2_999_249, false),
+            (2_999_250, true),
+            (3_000_750, true),
+            (3_000_751, false),
+        ] {
+            assert_eq!(is_near(guest, 3_000_000, TOLERANCE_PPM), near, "{guest}");
+        }
+        // Bounds between two integers are rounded down.
+        assert!(is_near(1_999_499, 1_999_999, TOLERANCE_PPM) && !is_near(2_000_499, 1_999_999, TOLERANCE_PPM));
+    }
 
     #[test]
     fn clock_and_tsc_make_up_for_the_rest() {

@@ -3,13 +3,11 @@
 use crate::error::{Asked, Error};
 use kvm_bindings::{KVM_CLOCK_HOST_TSC, KVM_CLOCK_REALTIME, kvm_clock_data};
 use kvm_ioctls::VmFd;
-use posada_engine::clock::Moment;
-use std::time::{SystemTime, UNIX_EPOCH};
+use posada_engine::clock::{Moment, TOLERANCE_PPM, is_near, real_time_ns};
 
-/// By how much the host's frequency may differ for KVM to take it for the guest's (`tsc_tolerance_ppm`, millionths).
-const SAME: u64 = 250;
-/// By how much it may differ, in millionths, when the guest keeps time by the paravirtual clock and not by its TSC.
-const ENDURABLE: u64 = 10_000;
+/// By how much the host's frequency may differ, in millionths, when the guest keeps time by the paravirtual clock and not by
+/// its TSC.
+const ENDURABLE_PPM: u64 = 10_000;
 
 /// How a guest's TSC runs against the host's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +25,8 @@ impl Rate {
     /// # Errors
     /// When the guest would see its TSC run at a wrong pace.
     pub(crate) fn new(guest_khz: u64, host_khz: u64, fraction: Option<u32>, invariant: bool) -> Result<Self, Error> {
-        let within = |millionths: u64| {
-            // Rounded as KVM does, so that both of us scale or neither.
-            let bound = |part| host_khz * part / 1_000_000;
-            (bound(1_000_000 - millionths)..=bound(1_000_000 + millionths)).contains(&guest_khz)
-        };
         let same = Self { guest_khz, scale: None };
-        if within(SAME) {
+        if is_near(guest_khz, host_khz, TOLERANCE_PPM) {
             return Ok(same);
         }
         if let Some(fraction) = fraction {
@@ -46,7 +39,7 @@ impl Rate {
                 _ => Err(cannot(guest_khz, host_khz)),
             };
         }
-        if invariant || !within(ENDURABLE) {
+        if invariant || !is_near(guest_khz, host_khz, ENDURABLE_PPM) {
             return Err(cannot(guest_khz, host_khz));
         }
         tracing::warn!(
@@ -82,11 +75,6 @@ fn cannot(guest_khz: u64, host_khz: u64) -> Error {
 pub(crate) fn host_tsc() -> u64 {
     // SAFETY: reads a counter that every x86-64 processor has.
     unsafe { std::arch::x86_64::_rdtsc() }
-}
-
-fn real_time_ns() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| since.as_nanos() as u64)
 }
 
 /// This moment.

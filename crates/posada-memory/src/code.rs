@@ -17,6 +17,8 @@ use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 pub struct CodePage {
     granules: AtomicU64,
     version: AtomicU32,
+    /// One more than the last version at which [`CodePage::set_announced`] was called.
+    announced: AtomicU32,
 }
 
 /// Bits for the granules that `length` bytes at `offset` in a page touch.
@@ -47,6 +49,16 @@ impl CodePage {
     #[inline]
     pub fn version(&self) -> u32 {
         self.version.load(Ordering::Acquire)
+    }
+
+    /// True if all who may go past [`CodeMap::written`] have been told that the page holds code since it has this version.
+    pub fn announced(&self, version: u32) -> bool {
+        self.announced.load(Ordering::Acquire) == version.wrapping_add(1)
+    }
+
+    /// They have been.
+    pub fn set_announced(&self, version: u32) {
+        self.announced.store(version.wrapping_add(1), Ordering::Release);
     }
 
     fn invalidate(&self) {

@@ -2,9 +2,11 @@
 //! guest code lies, so that every writer (vCPUs and devices alike) can tell the engines that code has changed.
 
 mod code;
+mod mapping;
 
 pub use code::{CodeMap, CodePage, CodeSlice};
 
+use mapping::Mapping;
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
@@ -36,16 +38,17 @@ pub enum Error {
 
 /// Guest RAM. Host address = [`GuestRam::base`] + guest physical address, for all of RAM: the MMIO hole is reserved in
 /// the host mapping too, so that one constant separates guest physical from host addresses.
+///
+/// It is a mapping of its own in the kernel's books too, with no other behind or before it.
 #[derive(Debug)]
 pub struct GuestRam {
-    base: *mut u8,
-    mapped: usize,
+    mapping: Mapping,
     size: u64,
     memory: GuestMemory,
     code: Arc<CodeMap>,
 }
 
-// SAFETY: `base` names a mapping that lives as long as the value; all access goes through raw pointers or volatile slices.
+// SAFETY: the mapping lives as long as the value; all access goes through raw pointers or volatile slices.
 unsafe impl Send for GuestRam {}
 // SAFETY: as above; guest memory is shared by design, the guest's own ordering rules apply.
 unsafe impl Sync for GuestRam {}
@@ -66,21 +69,8 @@ impl GuestRam {
         };
         let refuse = |source| Error::Reserve { bytes: size, source };
         let mapped = usize::try_from(end).map_err(|_| Error::Size(size))?;
-        // SAFETY: a fresh anonymous mapping at an address of the kernel's choice touches nothing that exists.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                libc::PROT_READ | libc::PROT_WRITE,
-                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-                -1,
-                0,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(refuse(std::io::Error::last_os_error()));
-        }
-        let base = base.cast::<u8>();
+        let mapping = Mapping::new(mapped).map_err(refuse)?;
+        let base = mapping.base;
         let code = Arc::new(CodeMap::new(end).map_err(refuse)?);
         let mut ranges = vec![(0, size.min(HOLE_START))];
         if size > HOLE_START {
@@ -92,8 +82,7 @@ impl GuestRam {
             .collect();
         let memory = GuestMemory::from_regions(regions).expect("two disjoint, ordered ranges");
         Ok(Self {
-            base,
-            mapped,
+            mapping,
             size,
             memory,
             code,
@@ -107,7 +96,12 @@ impl GuestRam {
 
     /// Host address of guest physical address 0.
     pub fn base(&self) -> *mut u8 {
-        self.base
+        self.mapping.base
+    }
+
+    /// Bytes from [`GuestRam::base`] to the end of RAM, the MMIO hole included.
+    pub fn span(&self) -> u64 {
+        self.mapping.length as u64
     }
 
     /// The view that rust-vmm crates take. Writes through it tell [`GuestRam::code`].
@@ -126,7 +120,7 @@ impl GuestRam {
         let Some(end) = gpa.checked_add(length) else {
             return false;
         };
-        end <= self.size.min(HOLE_START) || gpa >= HOLE_END && end <= self.mapped as u64
+        end <= self.size.min(HOLE_START) || gpa >= HOLE_END && end <= self.span()
     }
 
     /// Host address of `length` bytes of RAM at `gpa`. Who writes through it must call [`CodeMap::written`] after.
@@ -134,7 +128,7 @@ impl GuestRam {
     pub fn host(&self, gpa: u64, length: u64) -> Option<*mut u8> {
         // SAFETY: `contains` keeps the offset inside the mapping.
         self.contains(gpa, length)
-            .then(|| unsafe { self.base.add(gpa as usize) })
+            .then(|| unsafe { self.base().add(gpa as usize) })
     }
 }
 
@@ -152,13 +146,6 @@ fn region(base: *mut u8, start: u64, length: u64, code: &Arc<CodeMap>) -> GuestR
     };
     let region: MmapRegion<CodeSlice> = builder.build().expect("an aligned pointer is all it checks");
     GuestRegionMmap::new(region, GuestAddress(start)).expect("the range does not overflow")
-}
-
-impl Drop for GuestRam {
-    fn drop(&mut self) {
-        // SAFETY: the mapping was made by `new` and nobody holds pointers into it past the value's life.
-        unsafe { libc::munmap(self.base.cast(), self.mapped) };
-    }
 }
 
 #[cfg(test)]

@@ -142,7 +142,7 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
     let mut first = Some(match &config.restore {
         Some(restore) => {
             restore.check_disks(&subject.disks)?;
-            let ram = reserve(config)?;
+            let ram = Arc::new(GuestRam::new(config.memory)?);
             restore.load(&ram)?;
             (ram, Start::Snapshot(restore))
         }
@@ -180,15 +180,9 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
     }
 }
 
-fn reserve(config: &Config) -> Result<Arc<GuestRam>, Error> {
-    let ram = Arc::new(GuestRam::new(config.memory)?);
-    resident::keep_apart(&ram);
-    Ok(ram)
-}
-
 /// RAM as a boot finds it.
 fn boot(subject: &Subject) -> Result<(Arc<GuestRam>, Start<'static>), Error> {
-    let ram = reserve(&subject.config)?;
+    let ram = Arc::new(GuestRam::new(subject.config.memory)?);
     let entry = subject.source.load(&ram)?;
     machine::put_firmware(&ram, subject.config.model.cpus)?;
     Ok((ram, Start::Boot(Box::new(entry))))

@@ -4,9 +4,10 @@
 //! keeps the frequency that it knows: [`Rate`] leads from one to the other.
 
 use crate::core::Core;
+use posada_engine::clock::{TOLERANCE_PPM, is_near};
 use std::arch::x86_64::{__cpuid, __cpuid_count, _rdtsc};
 use std::sync::OnceLock;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 /// Frequency of the bus clock that drives the local APIC timer, in kHz: one count a nanosecond before the divider.
 pub const APIC_BUS_KHZ: u64 = posada_engine::cpu::APIC_BUS_KHZ as u64;
@@ -85,16 +86,6 @@ pub fn ns_to_ticks(ns: u64) -> u64 {
     u64::try_from(ticks).unwrap_or(u64::MAX)
 }
 
-/// Nanoseconds since the Unix epoch, by the host's clock.
-pub(crate) fn real_time_ns() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |time| time.as_nanos() as u64)
-}
-
-/// Frequencies closer than this (parts per million) are one: no two measurements of a counter agree better, and no clock is
-/// set right oftener (KVM's tolerance).
-const TOLERANCE_PPM: u64 = 250;
 /// Bits after the point of [`Rate::ratio`].
 const FRACTION: u32 = 48;
 
@@ -114,7 +105,7 @@ impl Rate {
     }
 
     fn between(khz: u64, host: u64) -> Self {
-        if khz.abs_diff(host) <= host * TOLERANCE_PPM / 1_000_000 {
+        if is_near(khz, host, TOLERANCE_PPM) {
             return Self { khz: host, ratio: 0 };
         }
         let ratio = (u128::from(khz) << FRACTION) / u128::from(host);

@@ -251,7 +251,7 @@ impl Core {
             cpl: 0,
             fpu_blocked: 0,
             system_flags: 0,
-            mmu: Mmu::default(),
+            mmu: Mmu::new((shared.vcpus().len() > 1).then(|| Arc::clone(ram.code()))),
             segments: Default::default(),
             ldtr: Segment::default(),
             tr: Segment::default(),

@@ -153,8 +153,7 @@ impl Core {
                 return Stop::Pending;
             }
             if self.interrupt_shadow {
-                // One instruction before anything else may come in between.
-                self.interrupt_shadow = false;
+                // One instruction before anything else may come in between, but for a debugger.
                 if let Some(stop) = self.step_carefully() {
                     return stop;
                 }
@@ -374,11 +373,7 @@ impl Core {
                 return None;
             }
             // Now that its length is known, the code map's protocol: mark, read the version, read the bytes, look at the mark.
-            if record.mark(offset as u64, at as u64) {
-                self.mmu.forbid_writes(page);
-                self.shared.announce_code();
-            }
-            let version = record.version();
+            let version = self.mark_code(page + offset as u64, at as u64);
             let mut again = [0; LONGEST * MAX_LENGTH];
             copy_code(host, offset, &mut again[..at]);
             if bytes[..at] != again[..at] || !record.marked(offset as u64, at as u64) {
@@ -446,6 +441,7 @@ impl Core {
             return Some(Stop::Debug);
         }
         self.debug_passed = None;
+        self.interrupt_shadow = false;
         let before = (self.system_flags, self.cpl, self.rip());
         let resume = before.0 & flag::RF;
         let hits = if resume != 0 { 0 } else { self.code_breakpoints(linear) };

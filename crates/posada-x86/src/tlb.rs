@@ -2,6 +2,8 @@
 
 use crate::walk::Mapping;
 use posada_memory::CodeMap;
+use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 pub(crate) const ENTRIES: usize = 1024;
 /// Tables: data of user mode, of supervisor mode, of supervisor mode with EFLAGS.AC, code of user and supervisor mode, and
@@ -61,14 +63,41 @@ pub struct Mmu {
     generation: Generation,
     /// The data table of the current mode: its first slot.
     pub(crate) active: usize,
+    others: Others,
+}
+
+/// What is known of code that other processors decode from the same RAM; nothing, where there are none.
+///
+/// Until a processor takes notice of an announcement ([`crate::shared::Shared::announce_code`]) it may store to pages with
+/// code without a look at their marks. Its writable entries remember which pages these can be: so none of them goes without
+/// that look, or the stores would never be seen.
+struct Others(Option<Arc<CodeMap>>);
+
+impl Others {
+    /// Before a look: who marks code after it sees the stores that came before.
+    #[inline]
+    fn settle_stores(&self) {
+        if self.0.is_some() {
+            fence(Ordering::SeqCst);
+        }
+    }
+
+    /// A page can no longer be stored to; true if it holds code, which is invalid now.
+    #[inline]
+    fn look(&self, gpa: u64) -> bool {
+        let code = self.0.as_ref().filter(|code| code.page(gpa).has_code());
+        code.inspect(|code| code.invalidate(gpa)).is_some()
+    }
 }
 
 // SAFETY: the pointers name guest RAM, which outlives the Core that owns this.
 unsafe impl Send for Mmu {}
 
-impl Default for Mmu {
-    fn default() -> Self {
+impl Mmu {
+    /// Empty ones, of a processor that alone uses its RAM or shares it, with code in it, with others.
+    pub fn new(shared: Option<Arc<CodeMap>>) -> Self {
         Self {
+            others: Others(shared),
             entries: std::array::from_fn(Entry::empty),
             filled: Vec::new(),
             large: [0; 16],
@@ -77,9 +106,7 @@ impl Default for Mmu {
             active: SUPERVISOR * ENTRIES,
         }
     }
-}
 
-impl Mmu {
     #[inline(always)]
     fn slot(first: usize, linear: u64) -> usize {
         first + (linear >> 12) as usize % ENTRIES
@@ -99,6 +126,9 @@ impl Mmu {
         let entry = &mut self.entries[slot];
         if entry.host.is_null() {
             self.filled.push(slot as u16);
+        } else if entry.write != empty.write {
+            self.others.settle_stores();
+            self.others.look(entry.gpa);
         }
         match mapping.shift {
             12 => {}
@@ -121,20 +151,30 @@ impl Mmu {
 
     /// Forgets everything.
     pub fn flush(&mut self) {
+        self.others.settle_stores();
         for slot in self.filled.drain(..) {
-            self.entries[usize::from(slot)] = Entry::empty(slot.into());
+            let empty = Entry::empty(slot.into());
+            let entry = std::mem::replace(&mut self.entries[usize::from(slot)], empty);
+            if entry.write != empty.write {
+                self.others.look(entry.gpa);
+            }
         }
         (self.large, self.huge) = ([0; 16], 0);
         self.generation.all += 1;
     }
 
     fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
-        let entries = &mut self.entries;
+        let (entries, others) = (&mut self.entries, &self.others);
+        others.settle_stores();
         self.filled.retain(|&slot| {
             let entry = &mut entries[usize::from(slot)];
             let gone = drop(entry);
             if gone {
-                *entry = Entry::empty(slot.into());
+                let empty = Entry::empty(slot.into());
+                let entry = std::mem::replace(entry, empty);
+                if entry.write != empty.write {
+                    others.look(entry.gpa);
+                }
             }
             !gone
         });
@@ -157,11 +197,15 @@ impl Mmu {
         self.generation.all += 1;
         let large = self.large[(linear >> 27 & 15) as usize] >> (linear >> 21 & 63) & 1;
         if large | self.huge >> (linear >> 30 & 63) & 1 == 0 {
+            self.others.settle_stores();
             for table in 0..TABLES {
                 let slot = Self::slot(table * ENTRIES, linear);
                 let entry = &mut self.entries[slot];
                 if (entry.read ^ linear) < 4096 {
                     let Entry { read, write, .. } = Entry::empty(slot);
+                    if entry.write != write {
+                        self.others.look(entry.gpa);
+                    }
                     (entry.read, entry.write) = (read, write);
                 }
             }
@@ -180,14 +224,15 @@ impl Mmu {
         }
     }
 
-    /// Does the same for every page that holds code by now, and invalidates the code of those that could be stored to.
-    pub fn forbid_writes_to_code(&mut self, code: &CodeMap) {
+    /// Does the same for every page that others have found code in by now, and invalidates the code of those that could be
+    /// stored to.
+    pub fn forbid_writes_to_code(&mut self) {
+        self.others.settle_stores();
         for &slot in &self.filled {
             let never = Entry::empty(slot.into()).write;
             let entry = &mut self.entries[usize::from(slot)];
-            if entry.write != never && code.page(entry.gpa).has_code() {
+            if entry.write != never && self.others.look(entry.gpa) {
                 entry.write = never;
-                code.invalidate(entry.gpa);
             }
         }
     }

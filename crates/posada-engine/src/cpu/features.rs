@@ -73,6 +73,18 @@ macro_rules! features {
                     _ => false,
                 }
             }
+
+            /// Each feature, and whether it is in the set; in the order of the table.
+            fn bits(&self) -> impl Iterator<Item = (&'static Bit, bool)> {
+                BITS.iter().zip([$(self.$name),*])
+            }
+
+            /// What is in both sets.
+            pub fn and(&self, other: &Self) -> Self {
+                Self {
+                    $($name: self.$name && other.$name,)*
+                }
+            }
         }
     };
 }
@@ -182,12 +194,7 @@ features! {
 impl Features {
     /// Those of the set in the order of the table.
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
-        BITS.iter().map(|bit| bit.name).filter(|name| self.has(name))
-    }
-
-    /// What is in both sets.
-    pub fn and(&self, other: &Self) -> Self {
-        Self::new(|bit| self.has(bit.name) && other.has(bit.name))
+        self.bits().filter(|(_, has)| *has).map(|(bit, _)| bit.name)
     }
 
     /// The first feature of this set that `available` lacks.
@@ -198,8 +205,10 @@ impl Features {
     /// The bits of a leaf: EAX, EBX, ECX, EDX.
     pub fn words(&self, leaf: u32, subleaf: u32) -> [u32; 4] {
         let mut words = [0; 4];
-        for bit in BITS.iter().filter(|bit| (bit.leaf, bit.subleaf) == (leaf, subleaf)) {
-            words[bit.register] |= u32::from(self.has(bit.name)) << bit.bit;
+        for (bit, has) in self.bits() {
+            if (bit.leaf, bit.subleaf) == (leaf, subleaf) {
+                words[bit.register] |= u32::from(has) << bit.bit;
+            }
         }
         words
     }
@@ -248,6 +257,19 @@ mod tests {
             unknown.to_string().contains("unknown processor feature sse5"),
             "{unknown}"
         );
+    }
+
+    #[test]
+    fn each_feature_alone_is_its_bit_of_its_leaf_and_its_name() {
+        for bit in BITS {
+            let one = Features::new(|other| other == bit);
+            assert_eq!(one.names().collect::<Vec<_>>(), [bit.name]);
+            assert!(one.has(bit.name));
+            let mut expected = [0; 4];
+            expected[bit.register] = 1 << bit.bit;
+            assert_eq!(one.words(bit.leaf, bit.subleaf), expected, "{}", bit.name);
+            assert_eq!(one.words(bit.leaf, bit.subleaf + 1), [0; 4], "{}", bit.name);
+        }
     }
 
     #[test]

@@ -444,7 +444,6 @@ mod tests {
         assert!(stat.blocks() * 512 < 4 << 20, "{}", stat.blocks());
         let index = Index::decode(&index.encode()).unwrap();
         let back = GuestRam::new(ram.size()).unwrap();
-        crate::resident::keep_apart(&back);
         index.load(&file, &back).unwrap();
         assert!(same(&ram, &back) && same(&back, &ram));
         assert!(crate::resident::of(&back) <= 201 << 21);

@@ -8,7 +8,7 @@ use crate::boot::{Input, Source};
 use crate::control::{Control, Ending, Hold, Life};
 use crate::vm::Config;
 use posada_devices::virtio::blk::{BlkDisk, DiskIdentity};
-use posada_engine::clock::ClockState;
+use posada_engine::clock::{ClockState, real_time_ns};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::Instant;
 use xxhash_rust::xxh3::Xxh3;
 
 /// What becomes of the disks that the guest can write.
@@ -335,9 +335,7 @@ impl Saver<'_> {
         }
         let manifest = Manifest {
             posada: env!("CARGO_PKG_VERSION").into(),
-            created: SystemTime::now()
-                .duration_since(UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs()),
+            created: real_time_ns() / 1_000_000_000,
             vm: Shape {
                 memory: config.memory,
                 model: config.model.clone(),

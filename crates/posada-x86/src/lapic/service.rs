@@ -7,6 +7,7 @@ use crate::fault::{Exception, vector};
 use crate::shared::mailbox::{CODE, INIT, KICK, NMI, POSTED, STARTUP};
 use crate::state::Undelivered;
 use posada_engine::{CpuState, Exit, PendingException, Segment};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// CR0.CD and CR0.NW, which INIT keeps.
@@ -143,14 +144,33 @@ impl Core {
         self.lapic.waiting_for_startup = true;
     }
 
+    /// Marks `length` bytes of code at `gpa`, inside one page, which are to be read only then, and gives the version that holds
+    /// as long as nobody stores to them. Other vCPUs' stores count once they have taken notice: [`Core::serialize`] waits for
+    /// that.
+    pub(crate) fn mark_code(&mut self, gpa: u64, length: u64) -> u32 {
+        let ram = Arc::clone(&self.ram);
+        let page = ram.code().page(gpa);
+        let first = page.mark(gpa & 0xfff, length);
+        let version = page.version();
+        // Another vCPU may have set the first mark and not yet told of it.
+        if first || !page.announced(version) {
+            self.mmu.forbid_writes(gpa);
+            self.shared.announce_code();
+            page.set_announced(version);
+        } else {
+            self.shared.heed_announcements();
+        }
+        version
+    }
+
     fn answer_announcements(&mut self) {
         let count = self.shared.announcements();
-        self.mmu.forbid_writes_to_code(self.ram.code());
+        self.mmu.forbid_writes_to_code();
         self.shared.mailbox().answer(count);
         self.leave_block();
     }
 
-    /// Waits until all other vCPUs have taken notice of the code that this one announced: for serialising instructions.
+    /// Waits until all other vCPUs have taken notice of the code that this one uses: for serialising instructions.
     /// Takes notice of theirs meanwhile, so that two that wait for each other both go on.
     pub fn serialize(&mut self) {
         let mut round = 0;

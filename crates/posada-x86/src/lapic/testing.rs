@@ -30,7 +30,11 @@ pub(crate) const IDLE: u64 = 0x7000;
 
 /// vCPU `index` of `vm`, inside `run`, with interrupts and the local APIC switched on.
 pub(crate) fn vcpu(vm: &Arc<Vm>, index: u32, machine: Arc<dyn Machine>) -> Box<Core> {
-    let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
+    vcpu_on(Arc::new(GuestRam::new(1 << 20).unwrap()), vm, index, machine)
+}
+
+/// The same with this RAM.
+pub(crate) fn vcpu_on(ram: Arc<GuestRam>, vm: &Arc<Vm>, index: u32, machine: Arc<dyn Machine>) -> Box<Core> {
     let mut core = Core::new(ram, machine, Arc::new(vm.shared(index)));
     for vector in 0..=255u8 {
         core.physical_write(u64::from(vector) * 4, &[vector, 0, 0, 0]);

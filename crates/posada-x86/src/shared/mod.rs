@@ -9,7 +9,7 @@ pub use vm_clock::VmClock;
 
 use crate::clock::{self, Rate};
 use alarm::Alarms;
-use posada_engine::clock::Moment;
+use posada_engine::clock::{Moment, real_time_ns};
 use posada_engine::cpu::CpuModel;
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -104,7 +104,7 @@ impl Vm {
         let host_tsc = self.rate.guest(clock::host_tsc());
         Moment {
             vm_ns: self.clock().ns(host_tsc),
-            real_ns: clock::real_time_ns(),
+            real_ns: real_time_ns(),
             host_tsc,
         }
     }
@@ -146,7 +146,7 @@ pub struct Shared {
     mailbox: Arc<Mailbox>,
     vm: Arc<Vm>,
     index: u32,
-    /// The VM's announcement count at this vCPU's last announcement.
+    /// The VM's announcement count when this vCPU last marked code; 0 once all others have answered.
     announced: AtomicU64,
 }
 
@@ -201,8 +201,8 @@ impl Shared {
         alarms.set(self.index, delay);
     }
 
-    /// Tells all other vCPUs that a page has got its first code ([`posada_memory::CodePage::mark`] was true): their soft
-    /// TLBs may let stores to it go past the code map.
+    /// Tells all other vCPUs that a page has got its first code: their soft TLBs may let stores to it go past the code map.
+    /// This one's forbids them already.
     ///
     /// Nobody keeps lists. A vCPU that takes notice ([`crate::core::Core::service`]) forbids its own direct stores to every
     /// page that holds code by then, and invalidates those pages, as it may have written to them. The mark was set before
@@ -214,10 +214,21 @@ impl Shared {
         }
         let count = self.vm.announcements.fetch_add(1, Ordering::AcqRel) + 1;
         self.announced.store(count, Ordering::Relaxed);
+        // This vCPU knows of its own. If it has not heard of an earlier one, it answers both when it does.
+        if self.mailbox.answered() == count - 1 {
+            self.mailbox.answer(count);
+        }
         for (index, mailbox) in self.vm.mailboxes.iter().enumerate() {
             if index != self.index as usize {
                 mailbox.post(mailbox::CODE);
             }
+        }
+    }
+
+    /// After a mark in a page that another vCPU has announced: not all others need have taken notice yet.
+    pub fn heed_announcements(&self) {
+        if self.vm.mailboxes.len() > 1 {
+            self.announced.store(self.announcements(), Ordering::Relaxed);
         }
     }
 
@@ -226,7 +237,7 @@ impl Shared {
         self.vm.announcements.load(Ordering::Acquire)
     }
 
-    /// True if all other vCPUs have taken notice of all announcements by this one, or will before they run guest code.
+    /// True if all other vCPUs have taken notice of the code that this one has marked, or will before they run guest code.
     pub(crate) fn settled(&self) -> bool {
         let announced = self.announced.load(Ordering::Relaxed);
         if announced == 0 {

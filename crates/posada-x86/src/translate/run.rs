@@ -269,11 +269,7 @@ impl Translator {
             self.region.read(&mut self.reader, &page, place.rip);
             // The code map's protocol: mark, read the version, read the bytes, look at the mark.
             let length = self.region.length().max(1);
-            if record.mark(offset, length) {
-                core.mmu.forbid_writes(key.page());
-                core.shared.announce_code();
-            }
-            let version = record.version();
+            let version = core.mark_code(key.page() + offset, length);
             let mut again = [0; PAGE as usize];
             read_page(host, &mut again);
             let range = offset as usize..(offset + length) as usize;

@@ -1,7 +1,9 @@
 use super::*;
-use crate::lapic::testing::{Ends, IDLE, idle, lone, served, vcpu, write};
+use crate::interpret::Stop;
+use crate::lapic::testing::{Ends, IDLE, idle, lone, served, vcpu, vcpu_on, write};
 use crate::shared::{Mailbox, Vm};
-use posada_engine::{Kick, Msi, MsiSink};
+use posada_engine::{DebugControl, Kick, Msi, MsiSink};
+use posada_memory::GuestRam;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::Instant;
@@ -94,6 +96,45 @@ fn the_shadow_holds_an_interrupt_back_for_another_look() {
     assert!(core.shared.pending());
     core.interrupt_shadow = false;
     assert_eq!(served(&mut core), Some(0x41));
+}
+
+/// Runs to the debugger's next stop; gives RIP and AX there.
+fn debugged(core: &mut Core) -> (u64, u64) {
+    loop {
+        assert_eq!(core.service(), None);
+        if core.execute() == Stop::Debug {
+            return (core.rip(), core.regs[gpr::RAX]);
+        }
+    }
+}
+
+#[test]
+fn a_break_point_in_the_shadow_of_sti_or_mov_ss_leaves_it_whole() {
+    // sti, or mov ss, dx; inc ax; hlt
+    for code in [&[0xfb, 0x40, 0xf4][..], &[0x8e, 0xd2, 0x40, 0xf4]] {
+        for single_step in [false, true] {
+            let mut core = lone();
+            core.physical_write(IDLE, code);
+            (core.segments[seg::CS].selector, core.segments[seg::CS].base) = (0, 0);
+            if code[0] == 0xfb {
+                core.system_flags &= !flag::IF;
+            }
+            let shadowed = IDLE + code.len() as u64 - 2;
+            let mut debug = DebugControl {
+                single_step: false,
+                breakpoints: vec![shadowed, 0x41],
+            };
+            core.set_debug(&debug);
+            assert_eq!(debugged(&mut core), (shadowed, 0));
+            write(&mut core, 0x300, 1 << 18 | 0x41);
+            debug.single_step = single_step;
+            core.set_debug(&debug);
+            if single_step {
+                assert_eq!(debugged(&mut core), (shadowed + 1, 1));
+            }
+            assert_eq!(debugged(&mut core), (0x41, 1));
+        }
+    }
 }
 
 #[test]
@@ -269,8 +310,7 @@ fn init_of_the_boot_processor_leads_to_the_reset_vector() {
 fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
     let vm = Vm::with_cpus(2);
     let mut first = vcpu(&vm, 0, Arc::new(Ends::default()));
-    let mut second = vcpu(&vm, 1, Arc::new(Ends::default()));
-    second.ram = Arc::clone(&first.ram);
+    let mut second = vcpu_on(Arc::clone(&first.ram), &vm, 1, Arc::new(Ends::default()));
     second.store_system(0x5000, 1u32).unwrap();
     let ram = Arc::clone(&first.ram);
     let page = ram.code().page(0x5000);
@@ -300,6 +340,85 @@ fn announced_code_is_forbidden_to_the_others_and_serialising_waits_for_them() {
     second.shared.mailbox().leave();
     first.shared.announce_code();
     first.serialize();
+}
+
+#[test]
+fn stores_to_code_are_seen_though_their_entry_goes_before_the_announcement_is_heard() {
+    type Way = fn(&mut Core);
+    const PAGE: u64 = 0x5000;
+    let ways: [(&str, Way); 5] = [
+        ("all go", |core| core.mmu.flush()),
+        ("all but global ones go", |core| core.mmu.flush_non_global()),
+        ("one goes", |core| core.mmu.flush_page(PAGE + 0x123)),
+        ("another takes its place", |core| {
+            core.load_system::<u32>(PAGE + 4096 * crate::tlb::ENTRIES as u64)
+                .unwrap();
+        }),
+        ("a debugger sets the state", |core| {
+            let state = core.state();
+            core.set_state(&state);
+        }),
+    ];
+    for (name, go) in ways {
+        let (vm, ram) = (Vm::with_cpus(2), Arc::new(GuestRam::new(8 << 20).unwrap()));
+        let [first, mut second] = [0, 1].map(|index| vcpu_on(ram.clone(), &vm, index, Arc::new(Ends::default())));
+        second.store_system(PAGE, 1u32).unwrap();
+        let page = ram.code().page(PAGE);
+        // What decoding does.
+        assert!(page.mark(0, 4));
+        first.shared.announce_code();
+        let version = page.version();
+        second.store_system(PAGE, 2u32).unwrap();
+        assert_eq!(
+            page.version(),
+            version,
+            "{name}: the test needs a store that goes past the marks"
+        );
+        go(&mut second);
+        assert_eq!(second.service(), None);
+        assert_ne!(page.version(), version, "{name}");
+    }
+}
+
+/// Three vCPUs of a VM with 1 MiB of RAM.
+fn three() -> [Box<Core>; 3] {
+    let (vm, ram) = (Vm::with_cpus(3), Arc::new(GuestRam::new(1 << 20).unwrap()));
+    [0, 1, 2].map(|index| vcpu_on(ram.clone(), &vm, index, Arc::new(Ends::default())))
+}
+
+#[test]
+fn serialising_waits_for_those_who_have_not_heard_of_code_that_another_announced() {
+    let [mut first, mut second, mut third] = three();
+    first.mark_code(0x5000, 4);
+    assert_eq!(third.service(), None);
+    assert!(third.shared.settled(), "it uses no code");
+    third.mark_code(0x5000, 4);
+    assert!(!third.shared.settled(), "the second may still store past the marks");
+    assert_eq!(second.service(), None);
+    assert!(third.shared.settled() && first.shared.settled());
+    third.mark_code(0x5010, 4);
+    assert!(third.shared.settled());
+    // Two announcements that cross each other.
+    first.mark_code(0x6000, 4);
+    second.mark_code(0x7000, 4);
+    assert!(!first.shared.settled() && !second.shared.settled());
+    for core in [&mut first, &mut second, &mut third] {
+        assert_eq!(core.service(), None);
+    }
+    assert!(first.shared.settled() && second.shared.settled());
+}
+
+#[test]
+fn code_that_another_has_marked_and_not_yet_announced_is_announced_by_whoever_uses_it() {
+    let [first, mut second, mut third] = three();
+    second.store_system(0x5000, 1u32).unwrap();
+    let page = first.ram.code().page(0x5000);
+    // The first vCPU loses its processor here.
+    assert!(page.mark(0, 4));
+    let version = third.mark_code(0x5000, 4);
+    assert!(second.shared.pending() && !third.shared.settled());
+    second.store_system(0x5000, 2u32).unwrap();
+    assert_eq!((second.service(), page.version() != version), (None, true));
 }
 
 #[test]
