@@ -245,13 +245,7 @@ impl Emitter {
         let a = &mut self.assembler;
         a.load(R11, frame::EVENTS);
         a.test_at_r11(mailbox::WORK);
-        let hole = a.branch(condition::NE);
-        self.cold.push(Cold::Leave {
-            hole,
-            rip: self.rip,
-            reason: Leave::Poll,
-            saved: self.saved,
-        });
+        self.leave_if(condition::NE, Leave::Poll);
     }
 
     fn want_vectors(&mut self, live: bool) {
@@ -262,6 +256,17 @@ impl Emitter {
         let back = a.here();
         self.cold.push(Cold::Vectors { hole, back });
         self.vectors = true;
+    }
+
+    /// Leaves before this instruction if the condition holds.
+    fn leave_if(&mut self, condition: u8, reason: Leave) {
+        let hole = self.assembler.branch(condition);
+        self.cold.push(Cold::Leave {
+            hole,
+            rip: self.rip,
+            reason,
+            saved: self.saved,
+        });
     }
 
     /// Leaves for `rip`, here.
@@ -322,13 +327,7 @@ impl Emitter {
         if memory.locked && memory.size > 1 {
             // What may cross a cache line is the interpreter's: the host may forbid it.
             self.assembler.test_r10(memory.size.next_power_of_two() - 1);
-            let hole = self.assembler.branch(condition::NE);
-            self.cold.push(Cold::Leave {
-                hole,
-                rip: self.rip,
-                reason: Leave::Interpret,
-                saved: self.saved,
-            });
+            self.leave_if(condition::NE, Leave::Interpret);
         }
     }
 

@@ -124,13 +124,7 @@ impl Emitter {
             // shl r11, 16; sar r11, 16
             a.bytes(&[0x49, 0xc1, 0xe3, 16, 0x49, 0xc1, 0xfb, 16]);
             a.compare_scratch();
-            let hole = a.branch(condition::NE);
-            self.cold.push(Cold::Leave {
-                hole,
-                rip: self.rip,
-                reason: Leave::Interpret,
-                saved: self.saved,
-            });
+            self.leave_if(condition::NE, Leave::Interpret);
         }
     }
 

@@ -1,7 +1,7 @@
 //! Instructions of the kernel that are too frequent to leave translated code for. All but RDTSC and PUSHF run at privilege
 //! level 0 only.
 
-use super::{Cold, Emitter, Leave, R10, R11, RSP, condition, frame};
+use super::{Emitter, Leave, R10, R11, RSP, condition, frame};
 use crate::core::flag;
 use crate::translate::operation::System;
 
@@ -47,13 +47,8 @@ impl Emitter {
         a.test_dword(frame::SYSTEM_FLAGS, flag::IF as u32);
         let done = a.branch(condition::NE);
         a.compare_byte_zero(frame::INTERRUPT_DUE);
-        let hole = a.branch(condition::NE);
-        self.cold.push(Cold::Leave {
-            hole,
-            rip: self.rip,
-            reason: Leave::Interpret,
-            saved: self.saved,
-        });
+        self.leave_if(condition::NE, Leave::Interpret);
+        let a = &mut self.assembler;
         a.or_dword(frame::SYSTEM_FLAGS, flag::IF as u32);
         a.land(done);
     }
