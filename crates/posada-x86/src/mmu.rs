@@ -350,14 +350,19 @@ impl Core {
         table * ENTRIES
     }
 
+    /// [`crate::tlb::Entry::gpa`] of the page of code at `linear`, which was just fetched from.
+    pub(crate) fn fetched_gpa(&self, linear: u64) -> u64 {
+        self.mmu.entry(self.fetch_table(), linear).gpa
+    }
+
     /// True if the page of code at `linear`, which was just fetched from, is mapped globally.
     pub(crate) fn fetched_globally(&self, linear: u64) -> bool {
-        self.mmu.entry(self.fetch_table(), linear).gpa & GLOBAL != 0
+        self.fetched_gpa(linear) & GLOBAL != 0
     }
 
     /// log2 of the size of the page of code at `linear`, which was just fetched from.
     pub(crate) fn fetched_shift(&self, linear: u64) -> u8 {
-        (self.mmu.entry(self.fetch_table(), linear).gpa & 0x3f) as u8
+        (self.fetched_gpa(linear) & 0x3f) as u8
     }
 
     /// After a translated access found no tag: fills the slot. False if that does not help: the access faults, is not to

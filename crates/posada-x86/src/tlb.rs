@@ -57,6 +57,9 @@ pub struct Mmu {
     /// bit sets, so that forgetting a small page need not look at every slot.
     large: [u64; 16],
     huge: u64,
+    /// Which pages code was fetched from since all was forgotten: a hashed bit set. To forget one of the others is nothing
+    /// to those who keep ways to code.
+    fetched: [u64; 128],
     /// Counts what was forgotten: while `all` stands global mappings hold, while both stand all do.
     generation: Generation,
     /// The data table of the current mode: its first slot.
@@ -73,6 +76,7 @@ impl Default for Mmu {
             filled: Vec::new(),
             large: [0; 16],
             huge: 0,
+            fetched: [0; 128],
             generation: Generation::default(),
             active: SUPERVISOR * ENTRIES,
         }
@@ -100,6 +104,10 @@ impl Mmu {
         if entry.host.is_null() {
             self.filled.push(slot as u16);
         }
+        if matches!(first / ENTRIES, FETCH_USER | FETCH_SUPERVISOR) {
+            let (word, bit) = Self::fetched_bit(linear);
+            self.fetched[word] |= 1 << bit;
+        }
         match mapping.shift {
             12 => {}
             30.. => self.huge |= 1 << (linear >> 30 & 63),
@@ -124,8 +132,14 @@ impl Mmu {
         for slot in self.filled.drain(..) {
             self.entries[usize::from(slot)] = Entry::empty(slot.into());
         }
-        (self.large, self.huge) = ([0; 16], 0);
+        (self.large, self.huge, self.fetched) = ([0; 16], 0, [0; 128]);
         self.generation.all += 1;
+    }
+
+    fn fetched_bit(linear: u64) -> (usize, u32) {
+        let page = linear >> 12;
+        let hash = (page ^ page >> 13) as u32 % (128 * 64);
+        (hash as usize / 64, hash % 64)
     }
 
     fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
@@ -154,9 +168,10 @@ impl Mmu {
 
     /// Forgets one page, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
-        self.generation.all += 1;
         let large = self.large[(linear >> 27 & 15) as usize] >> (linear >> 21 & 63) & 1;
         if large | self.huge >> (linear >> 30 & 63) & 1 == 0 {
+            let (word, bit) = Self::fetched_bit(linear);
+            self.generation.all += self.fetched[word] >> bit & 1;
             for table in 0..TABLES {
                 let slot = Self::slot(table * ENTRIES, linear);
                 let entry = &mut self.entries[slot];
@@ -167,6 +182,7 @@ impl Mmu {
             }
             return;
         }
+        self.generation.all += 1;
         self.flush_where(|entry| (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0);
     }
 

@@ -125,6 +125,11 @@ impl Assembler {
         self.absolute(&[], 0x48, &[0x0b], reg, offset);
     }
 
+    /// `cmp reg, gs:[offset]`.
+    pub fn compare_with(&mut self, reg: u8, offset: usize) {
+        self.absolute(&[], 0x48, &[0x3b], reg, offset);
+    }
+
     /// `pext r11d, r11d, gs:[offset]`.
     pub fn gather_r11(&mut self, offset: usize) {
         self.bytes(&[0x65, 0xc4, 0x62, 0x22, 0xf5, 0x1c, 0x25]);

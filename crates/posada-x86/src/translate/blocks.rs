@@ -2,6 +2,7 @@
 
 use super::cache::CodeCache;
 use super::emit::Mark;
+use super::help::Helped;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
@@ -76,24 +77,57 @@ pub struct Block {
     pub start: u64,
     /// Address of the code behind that.
     pub entry: u64,
-    /// Version of its page when it was read.
-    pub version: u32,
+    /// What was read of it.
+    pub source: Source,
+    /// Instructions that its code names.
+    _helped: Box<[Helped]>,
     marks: Box<[Mark]>,
     branches: Box<[Branch]>,
     /// Branches that lead here.
     incoming: Vec<Branch>,
 }
 
+/// The guest's code that a block was made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Version of its page when it was read.
+    pub version: u32,
+    /// Guest physical page after that, where its last instruction ends, and its version.
+    pub next: Option<(u64, u32)>,
+}
+
+impl Source {
+    /// True if that code has not changed.
+    pub fn holds(&self, page: u64, version: impl Fn(u64) -> u32) -> bool {
+        self.version == version(page) && self.next.is_none_or(|(page, read)| read == version(page))
+    }
+}
+
+/// What the emitter made.
+pub struct Made<'a> {
+    /// Address of the code, which compares R10 with RIP first.
+    pub start: u64,
+    /// Address of the code behind that.
+    pub entry: u64,
+    /// Where instructions begin.
+    pub marks: &'a [Mark],
+    /// Direct branches.
+    pub branches: Box<[Branch]>,
+    /// Instructions that the code names.
+    pub helped: Box<[Helped]>,
+}
+
 impl Block {
     /// A block that nothing leads to yet.
-    pub fn new(key: Key, start: u64, entry: u64, version: u32, marks: &[Mark], branches: Box<[Branch]>) -> Self {
+    pub fn new(key: Key, source: Source, made: Made) -> Self {
         Self {
             key,
-            start,
-            entry,
-            version,
-            marks: marks.into(),
-            branches,
+            start: made.start,
+            entry: made.entry,
+            source,
+            _helped: made.helped,
+            marks: made.marks.into(),
+            branches: made.branches,
             incoming: Vec::new(),
         }
     }
@@ -124,7 +158,10 @@ impl Blocks {
         debug_assert!(self.blocks.last().is_none_or(|last| last.start < block.start));
         let number = self.blocks.len() as u32;
         self.by_key.insert(block.key, number);
-        self.by_page.entry(block.key.page()).or_default().push(number);
+        let next = block.source.next.map(|(page, _)| page);
+        for page in [Some(block.key.page()), next].into_iter().flatten() {
+            self.by_page.entry(page).or_default().push(number);
+        }
         self.blocks.push(block);
         number
     }
@@ -159,11 +196,10 @@ impl Blocks {
     pub fn forget_stale(&mut self, version: impl Fn(u64) -> u32, cache: &mut CodeCache) -> bool {
         let (blocks, by_key) = (&mut self.blocks, &mut self.by_key);
         let mut any = false;
-        self.by_page.retain(|&page, numbers| {
-            let now = version(page);
+        self.by_page.retain(|_, numbers| {
             numbers.retain(|&number| {
                 let block = &mut blocks[number as usize];
-                if block.version == now {
+                if block.source.holds(block.key.page(), &version) {
                     return true;
                 }
                 any = true;

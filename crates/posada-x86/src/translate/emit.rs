@@ -10,6 +10,7 @@ mod system;
 
 use super::assembler::{Assembler, Hole, R10, R11, condition};
 use super::frame::{self, Table};
+use super::help::Helped;
 use super::operation::{Kind, Memory, Operation, SCRATCH, System};
 use super::region::{End, Region};
 use super::stubs::{Leave, Stubs};
@@ -77,6 +78,7 @@ pub struct Emitter {
     pub entry: usize,
     cold: Vec<Cold>,
     stubs: Stubs,
+    mode: usize,
     table: Option<Table>,
     jumps: usize,
     jump_mask: u32,
@@ -88,6 +90,8 @@ pub struct Emitter {
     saved: bool,
     vectors: bool,
     exact: bool,
+    /// Address of the next [`Helped`] of the block.
+    helped: u64,
 }
 
 /// What a block is made for.
@@ -99,6 +103,17 @@ pub struct Place {
     pub mode: usize,
     /// log2 of the size of the page it lies in.
     pub shift: u8,
+    /// The page after that, if its last instruction ends there.
+    pub next: Option<NextPage>,
+}
+
+/// A page of code as the soft TLB holds it.
+#[derive(Clone, Copy, Debug)]
+pub struct NextPage {
+    /// Linear address.
+    pub linear: u64,
+    /// [`Entry::gpa`](crate::tlb::Entry::gpa).
+    pub gpa: u64,
 }
 
 impl Emitter {
@@ -114,11 +129,13 @@ impl Emitter {
     }
 
     /// Makes the code of a region, to run at `address`.
-    pub fn emit(&mut self, region: &Region, place: Place, address: u64) {
+    pub fn emit(&mut self, region: &Region, place: Place, address: u64, helped: &[Helped]) {
         self.assembler.begin(address);
+        self.helped = helped.as_ptr() as u64;
         self.marks.clear();
         self.links.clear();
         self.cold.clear();
+        self.mode = place.mode;
         (self.table, self.jumps) = (Some(frame::table(place.mode)), frame::jumps(place.mode));
         (self.start, self.rip, self.shift) = (place.rip, place.rip, place.shift);
         (self.saved, self.vectors, self.exact) = (false, false, region.exact);
@@ -131,23 +148,23 @@ impl Emitter {
             if poll == Some(at) {
                 self.poll(region.live[at] != 0);
             }
+            if at + 1 == region.operations.len()
+                && let Some(next) = place.next
+            {
+                self.expect_page(&next, region.live[at] != 0);
+            }
             if operation.vector && !self.vectors {
                 self.want_vectors(region.live[at] != 0);
             }
             self.operation(&operation, region.live[at], region.live[at + 1]);
         }
-        if let End::Interpret(rip) | End::Next(rip) = region.end() {
+        if let End::Next(rip) = region.end() {
             let live = region.live[region.operations.len()] != 0;
             self.rip = rip;
             self.settle(live);
             self.mark();
-            match region.end() {
-                End::Next(_) => {
-                    let hole = self.assembler.jump();
-                    self.exit(hole, rip, live);
-                }
-                _ => self.leave(rip, Leave::Interpret),
-            }
+            let hole = self.assembler.jump();
+            self.exit(hole, rip, live);
         }
         self.finish();
     }
@@ -246,6 +263,17 @@ impl Emitter {
         a.load(R11, frame::EVENTS);
         a.test_at_r11(mailbox::WORK);
         self.leave_if(condition::NE, Leave::Poll);
+    }
+
+    /// Goes on only if the soft TLB still has this page of code.
+    fn expect_page(&mut self, page: &NextPage, live: bool) {
+        self.save(live);
+        let entry = frame::fetch_entry(self.mode, page.linear);
+        for (value, place) in [(page.linear, entry.read), (page.gpa, entry.gpa)] {
+            self.assembler.constant(R10, value);
+            self.assembler.compare_with(R10, place);
+            self.leave_if(condition::NE, Leave::Interpret);
+        }
     }
 
     fn want_vectors(&mut self, live: bool) {
@@ -398,7 +426,8 @@ impl Emitter {
             Kind::Address { register, size, memory } => self.compute(register, size, &memory),
             Kind::System(System::SetAccess(_)) => self.control(operation, before != 0),
             Kind::System(system) => self.system(system, before != 0),
-            Kind::Nothing | Kind::Interpret => {}
+            Kind::Nothing => {}
+            Kind::Interpret => self.help(before != 0, after != 0),
             Kind::Push(register) => {
                 self.push_address();
                 let from = self.value(register);
@@ -443,6 +472,19 @@ impl Emitter {
             self.saved = false;
             self.mark();
         }
+    }
+
+    /// Lets the interpreter's handler execute the instruction. Vector registers are in the Core then, and so are the flags.
+    fn help(&mut self, before: bool, after: bool) {
+        self.save(before);
+        let a = &mut self.assembler;
+        let back = a.address_r11();
+        a.constant(R10, self.helped);
+        a.jump_to(self.stubs.help);
+        a.land(back);
+        self.helped += size_of::<Helped>() as u64;
+        (self.saved, self.vectors) = (after, false);
+        self.mark();
     }
 
     /// A register's value in a register: R11 for what the Core holds.

@@ -15,6 +15,7 @@ mod blocks;
 mod cache;
 mod emit;
 pub mod frame;
+mod help;
 mod operation;
 mod region;
 mod run;

@@ -110,8 +110,8 @@ pub enum System {
     Swapgs,
     /// PUSHFQ.
     PushFlags,
-    /// RDTSC.
-    ReadTsc,
+    /// RDTSC, or RDTSCP.
+    ReadTsc(bool),
     /// STAC or CLAC.
     SetAccess(bool),
 }
@@ -151,6 +151,22 @@ pub struct Operation {
     pub traps: bool,
 }
 
+impl Operation {
+    /// One of which nothing is known.
+    pub const UNKNOWN: Self = Self {
+        kind: Kind::Interpret,
+        bytes: [0; MAX_LENGTH],
+        length: 0,
+        scratch: 0,
+        vector: false,
+        reads: flags::ALL,
+        replaces: flags::NONE,
+        changes: flags::ALL,
+        tells: false,
+        traps: true,
+    };
+}
+
 /// A decoder with its tables.
 pub struct Reader {
     factory: InstructionInfoFactory,
@@ -186,20 +202,23 @@ impl Reader {
             return None;
         }
         let mut operation = Operation {
-            kind: Kind::Interpret,
-            bytes: [0; MAX_LENGTH],
             length: i.len() as u8,
-            scratch: 0,
-            vector: false,
-            reads: flags::ALL,
-            replaces: flags::NONE,
-            changes: flags::ALL,
-            tells: false,
-            traps: false,
+            ..Operation::UNKNOWN
         };
         operation.bytes[..i.len()].copy_from_slice(&bytes[..i.len()]);
         if usual_prefixes(&operation.bytes) {
             operation.kind = self.kind(&mut operation, blocked).unwrap_or(Kind::Interpret);
+        }
+        if operation.kind == Kind::Interpret {
+            let i = &self.instruction;
+            let set = |bits: u32| (bits & u32::from(flags::ALL)) as u8;
+            operation = Operation {
+                reads: set(i.rflags_read()),
+                changes: set(i.rflags_modified()),
+                bytes: operation.bytes,
+                length: operation.length,
+                ..Operation::UNKNOWN
+            };
         }
         Some(operation)
     }
@@ -302,12 +321,13 @@ impl Reader {
             M::Stac => System::SetAccess(true),
             M::Clac => System::SetAccess(false),
             M::Pushfq => System::PushFlags,
-            M::Rdtsc => System::ReadTsc,
+            M::Rdtsc => System::ReadTsc(false),
+            M::Rdtscp => System::ReadTsc(true),
             _ => return None,
         };
         let needed = match system {
             System::PushFlags => 0,
-            System::ReadTsc => limits::TSC,
+            System::ReadTsc(_) => limits::TSC,
             _ => limits::USER,
         };
         (blocked & needed == 0).then_some(system)

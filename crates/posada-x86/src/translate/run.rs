@@ -1,15 +1,14 @@
 //! Running translated blocks, and finding, making and forgetting them on the way.
 
-use super::blocks::{Block, Blocks, Branch, Key};
+use super::blocks::{Block, Blocks, Branch, Key, Made, Source};
 use super::cache::CodeCache;
-use super::emit::{Emitter, Place};
+use super::emit::{Emitter, NextPage, Place};
 use super::frame::{self, JUMPS, MODES};
-use super::operation::{Reader, limits};
-use super::region::{Page, Region};
+use super::operation::{MAX_LENGTH, Reader, limits};
+use super::region::{Next, Page, Region};
 use super::stubs::{self, Enter, Leave, Stubs};
 use super::trap;
 use crate::core::Core;
-use crate::tlb::Generation;
 use std::io;
 
 /// A block is translated when it is wanted for the so-manieth time.
@@ -31,6 +30,14 @@ pub enum Ran {
     Interpret,
 }
 
+/// Where a filled slot of a jump cache leads.
+#[derive(Clone, Copy, Default)]
+struct Jump {
+    block: u32,
+    /// The block's page is mapped globally.
+    global: bool,
+}
+
 /// One vCPU's translator.
 pub struct Translator {
     cache: CodeCache,
@@ -43,13 +50,10 @@ pub struct Translator {
     emitter: Emitter,
     counters: Box<[u8]>,
     threshold: u8,
-    /// Filled slots of the jump caches, and whether their pages are global.
-    filled: Vec<(u8, u16, bool)>,
-    /// The blocks that filled slots lead to.
-    jump_blocks: Box<[[u32; JUMPS]; MODES]>,
-    generation: Generation,
-    settings: u8,
-    changes: u64,
+    /// Filled slots of the jump caches: mode and number.
+    filled: Vec<(u8, u16)>,
+    /// What filled slots lead to.
+    jumps: Box<[[Jump; JUMPS]; MODES]>,
     /// How often the cache was full.
     flushes: u64,
     jump_mask: u32,
@@ -64,7 +68,7 @@ impl Translator {
         trap::install()?;
         let mut cache = CodeCache::new()?;
         let bmi2 = std::arch::is_x86_feature_detected!("bmi2");
-        let jump_mask = if bmi2 { JUMPS as u32 - 1 } else { 0xff };
+        let jump_mask = if bmi2 { (JUMPS as u32 - 1) << 2 } else { 0xff };
         let mut emitter = Emitter::new(Stubs::default(), bmi2, jump_mask);
         emitter.assembler.begin(cache.next());
         let stubs = stubs::make(&mut emitter.assembler, miss);
@@ -80,10 +84,7 @@ impl Translator {
             counters: vec![0; COUNTERS].into(),
             threshold: THRESHOLD,
             filled: Vec::new(),
-            jump_blocks: Box::new([[0; JUMPS]; MODES]),
-            generation: Generation::default(),
-            settings: 0,
-            changes: 0,
+            jumps: Box::new([[Jump::default(); JUMPS]; MODES]),
             flushes: 0,
             jump_mask,
         })
@@ -121,8 +122,7 @@ impl Translator {
 
     /// Runs translated code from RIP on until it does not go on.
     pub fn run(&mut self, core: &mut Core) -> Ran {
-        let runs = core.bits64() && matches!(core.cpl, 0 | 3);
-        let Some(mode) = frame::mode(core.mmu.active).filter(|_| runs) else {
+        let Some(mut mode) = core.translated_mode() else {
             return Ran::Nothing;
         };
         self.synchronize(core);
@@ -130,7 +130,8 @@ impl Translator {
             return Ran::Nothing;
         };
         loop {
-            match self.enter(core, block) {
+            let left = self.enter(core, block);
+            match left {
                 Leave::Chain => {
                     let (exit, flushes) = (core.frame.site, self.flushes);
                     let Some(next) = self.find(core, mode) else {
@@ -143,12 +144,17 @@ impl Translator {
                     block = next;
                 }
                 Leave::Unknown => {
+                    // A handler may have led to another mode.
+                    let Some(now) = core.translated_mode() else {
+                        return Ran::Some;
+                    };
+                    mode = now;
                     let Some(next) = self.find(core, mode) else {
                         return Ran::Some;
                     };
                     block = next;
                 }
-                Leave::Poll => return Ran::Some,
+                Leave::Poll | Leave::Helped => return Ran::Some,
                 Leave::Interpret => return Ran::Interpret,
                 Leave::Refused => {
                     let (rip, _) = self.blocks.instruction(core.frame.site);
@@ -178,47 +184,54 @@ impl Translator {
 
     /// Takes notice of changed code and mappings.
     fn synchronize(&mut self, core: &mut Core) {
-        let (code, generation) = (core.ram.code(), core.mmu.generation());
-        let changes = code.changes();
-        let mut all = generation.all != self.generation.all || core.settings() != self.settings;
-        if changes != self.changes {
-            self.changes = changes;
+        let (now, code) = (core.seen(), core.ram.code());
+        let before = std::mem::replace(&mut core.frame.seen, now);
+        if now == before {
+            return;
+        }
+        let mut all = now.generation.all != before.generation.all || now.settings != before.settings;
+        if now.changes != before.changes {
             all |= self
                 .blocks
                 .forget_stale(|page| code.page(page).version(), &mut self.cache);
         }
-        if all || generation.context != self.generation.context {
-            (self.generation, self.settings) = (generation, core.settings());
+        if all || now.generation.context != before.generation.context {
             self.forget_jumps(core, !all);
         }
     }
 
     fn forget_jumps(&mut self, core: &mut Core, keep_global: bool) {
         let unknown = self.unknown();
-        self.filled.retain(|&(mode, slot, global)| {
-            if keep_global && global {
+        let jumps = &self.jumps;
+        self.filled.retain(|&(mode, slot)| {
+            let (mode, slot) = (usize::from(mode), usize::from(slot));
+            if keep_global && jumps[mode][slot].global {
                 return true;
             }
-            core.frame.jumps[usize::from(mode)][usize::from(slot)] = unknown;
+            core.frame.jumps[mode][slot] = unknown;
             false
         });
     }
 
     fn fill_jump(&mut self, core: &mut Core, mode: usize, number: u32) {
         let block = self.blocks.get(number);
-        let slot = (block.key.rip as u32 & self.jump_mask) as usize;
+        let slot = frame::slot(block.key.rip, self.jump_mask);
+        if core.frame.jumps[mode][slot] == self.unknown() {
+            self.filled.push((mode as u8, slot as u16));
+        }
         core.frame.jumps[mode][slot] = block.start;
-        self.jump_blocks[mode][slot] = number;
-        let global = core.fetched_globally(block.key.rip);
-        self.filled.push((mode as u8, slot as u16, global));
+        self.jumps[mode][slot] = Jump {
+            block: number,
+            global: core.fetched_globally(block.key.rip),
+        };
     }
 
     /// The block at RIP, if it is translated or worth it.
     fn find(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
         let rip = core.rip();
-        let slot = (rip as u32 & self.jump_mask) as usize;
+        let slot = frame::slot(rip, self.jump_mask);
         if core.frame.jumps[mode][slot] != self.unknown() {
-            let number = self.jump_blocks[mode][slot];
+            let number = self.jumps[mode][slot].block;
             if self.blocks.get(number).key.rip == rip {
                 return Some(number);
             }
@@ -235,7 +248,8 @@ impl Translator {
         let shift = core.fetched_shift(rip);
         let key = Key::new(rip, page, mode, shift, core.limits());
         if let Some(number) = self.blocks.find(&key)
-            && self.blocks.get(number).version == core.ram.code().page(page).version()
+            && let code = core.ram.code()
+            && (self.blocks.get(number).source).holds(page, |page| code.page(page).version())
         {
             return Some(number);
         }
@@ -244,11 +258,17 @@ impl Translator {
         if *counter < self.threshold {
             return None;
         }
-        Some(self.translate(core, key, Place { rip, mode, shift }, host))
+        let place = Place {
+            rip,
+            mode,
+            shift,
+            next: None,
+        };
+        self.translate(core, key, place, host)
     }
 
     #[cold]
-    fn translate(&mut self, core: &mut Core, key: Key, place: Place, host: *const u8) -> u32 {
+    fn translate(&mut self, core: &mut Core, key: Key, mut place: Place, host: *const u8) -> Option<u32> {
         if self.cache.room() < LARGEST {
             self.forget_jumps(core, false);
             self.blocks.clear();
@@ -260,28 +280,56 @@ impl Translator {
         let offset = place.rip % PAGE;
         loop {
             let mut bytes = [0; PAGE as usize];
-            read_page(host, &mut bytes);
-            let page = Page {
+            read_host(host, &mut bytes);
+            let mut page = Page {
                 bytes: &bytes,
                 linear: place.rip - offset,
+                next: None,
                 blocked: core.limits(),
             };
-            self.region.read(&mut self.reader, &page, place.rip);
+            self.region.read(core, &mut self.reader, &page, place.rip);
+            if self.region.incomplete {
+                page.next = core.code_after(page.linear, &mut place);
+                self.region.read(core, &mut self.reader, &page, place.rip);
+            }
+            if self.region.operations.is_empty() {
+                return None;
+            }
+            if !self.region.crosses {
+                (page.next, place.next) = (None, None);
+            }
             // The code map's protocol: mark, read the version, read the bytes, look at the mark.
-            let length = self.region.length().max(1);
-            if record.mark(offset, length) {
+            let length = self.region.length();
+            let here = length.min(PAGE - offset);
+            if record.mark(offset, here) {
                 core.mmu.forbid_writes(key.page());
                 core.shared.announce_code();
             }
             let version = record.version();
             let mut again = [0; PAGE as usize];
-            read_page(host, &mut again);
-            let range = offset as usize..(offset + length) as usize;
-            if bytes[range.clone()] != again[range] || !record.marked(offset, length) {
+            read_host(host, &mut again);
+            let range = offset as usize..(offset + here) as usize;
+            if bytes[range.clone()] != again[range] || !record.marked(offset, here) {
                 continue;
             }
+            let mut source = Source { version, next: None };
+            if let Some(next) = page.next {
+                let (gpa, length) = (next.gpa, length - here);
+                let record = ram.code().page(gpa);
+                if record.mark(0, length) {
+                    core.mmu.forbid_writes(gpa);
+                    core.shared.announce_code();
+                }
+                source.next = Some((gpa, record.version()));
+                let mut again = [0; MAX_LENGTH];
+                read_host(next.host, &mut again);
+                if next.bytes[..length as usize] != again[..length as usize] || !record.marked(0, length) {
+                    continue;
+                }
+            }
             let start = self.cache.next();
-            self.emitter.emit(&self.region, place, start);
+            let helped = Box::from(self.region.helped.as_slice());
+            self.emitter.emit(&self.region, place, start, &helped);
             let emitter = &self.emitter;
             let branches = emitter
                 .links
@@ -291,10 +339,16 @@ impl Translator {
                     site: start + u64::from(link.site),
                 })
                 .collect();
-            let entry = start + emitter.entry as u64;
-            let block = Block::new(key, start, entry, version, &emitter.marks, branches);
+            let made = Made {
+                start,
+                entry: start + emitter.entry as u64,
+                marks: &emitter.marks,
+                branches,
+                helped,
+            };
+            let block = Block::new(key, source, made);
             self.cache.append(&emitter.assembler.code);
-            return self.blocks.add(block);
+            return Some(self.blocks.add(block));
         }
     }
 }
@@ -318,7 +372,7 @@ impl Core {
     }
 
     /// What [`Core::limits`] follows from, at any privilege level.
-    fn settings(&self) -> u8 {
+    pub(super) fn settings(&self) -> u8 {
         // Both counters run alike.
         let plain = self.rate.guest(1 << 60) == 1 << 60;
         let forbidden = self.cr[4] & 1 << 2 != 0;
@@ -349,6 +403,19 @@ impl Core {
         any
     }
 
+    /// The start of the code page after the one at `linear`, if there is one.
+    fn code_after(&mut self, linear: u64, place: &mut Place) -> Option<Next> {
+        let linear = linear.wrapping_add(PAGE);
+        let (gpa, host) = self.fetch_page(linear).ok()?;
+        place.next = Some(NextPage {
+            linear,
+            gpa: self.fetched_gpa(linear),
+        });
+        let mut bytes = [0; MAX_LENGTH];
+        read_host(host, &mut bytes);
+        Some(Next { gpa, host, bytes })
+    }
+
     /// Runs translated code from RIP on, and nothing else.
     pub fn run_translated(&mut self) -> Ran {
         let Some(mut translator) = self.translator.take() else {
@@ -360,8 +427,9 @@ impl Core {
     }
 }
 
-/// Copies a page of guest code. Other vCPUs may write meanwhile; who uses it checks after.
-fn read_page(host: *const u8, bytes: &mut [u8; PAGE as usize]) {
+/// Copies guest code from the start of a page. Other vCPUs may write meanwhile; who uses it checks after.
+fn read_host<const N: usize>(host: *const u8, bytes: &mut [u8; N]) {
+    const { assert!(N <= PAGE as usize) };
     // SAFETY: `host` is a page of guest RAM.
     unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
 }

@@ -4,6 +4,7 @@
 
 use super::assembler::{Assembler, R10, R11, condition};
 use super::frame;
+use super::help::help;
 use crate::core::Core;
 
 const RAX: u8 = 0;
@@ -28,6 +29,8 @@ pub enum Leave {
     Refused,
     /// The host's processor raised an exception.
     Trap,
+    /// A handler of the interpreter's did something that asks for a look at everything.
+    Helped,
 }
 
 impl Leave {
@@ -39,7 +42,8 @@ impl Leave {
             2 => Self::Interpret,
             3 => Self::Poll,
             4 => Self::Refused,
-            _ => Self::Trap,
+            5 => Self::Trap,
+            _ => Self::Helped,
         }
     }
 }
@@ -52,7 +56,7 @@ pub type Enter = unsafe extern "sysv64" fn(*mut Core, u64, u64) -> u32;
 pub struct Stubs {
     /// [`Enter`].
     pub enter: u64,
-    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. Not for the last two.
+    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. For the first four only.
     pub leave: [u64; 4],
     /// The way out of code that R10 does not lead to: as for [`Leave::Unknown`], but flags are in the Core.
     pub mistaken: u64,
@@ -62,6 +66,8 @@ pub struct Stubs {
     pub miss_read: u64,
     /// The same for a store.
     pub miss_write: u64,
+    /// Calls [`super::help::help`]: R10 names the instruction, R11 is where to go on; flags are in the Core.
+    pub help: u64,
     /// Loads vector registers; back to R11. Flags are lost.
     pub load_vectors: u64,
 }
@@ -206,10 +212,32 @@ impl Maker<'_> {
         self.a.constant(RAX, Leave::Refused as u64);
         self.back();
     }
+
+    fn help(&mut self) {
+        self.save_registers();
+        self.a.store(frame::SITE, R11);
+        self.a.load(RSP, frame::HOST_RSP);
+        self.save_vectors();
+        self.a.store_byte(frame::VECTORS_LIVE, 0);
+        self.a.load(RDI, frame::CORE);
+        self.a.copy(RSI, R10);
+        self.a.constant(RAX, help as *const () as u64);
+        // call rax; test al, al
+        self.a.bytes(&[0xff, 0xd0, 0x84, 0xc0]);
+        let over = self.a.branch(condition::E);
+        self.a.load_ax(frame::ARITHMETIC);
+        self.a.flags_from_ax();
+        self.load_registers();
+        self.a.load(R10, frame::RIP);
+        self.a.jump_through(frame::TARGET);
+        self.a.land(over);
+        self.a.constant(RAX, Leave::Helped as u64);
+        self.back();
+    }
 }
 
 /// Makes the stubs at the assembler's start.
-pub fn make(a: &mut Assembler, helper: Miss) -> Stubs {
+pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
     let mut maker = Maker {
         a,
         avx: std::arch::is_x86_feature_detected!("avx"),
@@ -238,8 +266,11 @@ pub fn make(a: &mut Assembler, helper: Miss) -> Stubs {
             &mut stubs.miss_read
         };
         *place = maker.a.start + maker.a.here() as u64;
-        maker.miss(write, helper as usize as u64);
+        maker.miss(write, miss as usize as u64);
     }
+    maker.align();
+    stubs.help = maker.address();
+    maker.help();
     maker.align();
     stubs.load_vectors = maker.address();
     maker.load_vectors();

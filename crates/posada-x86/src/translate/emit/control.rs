@@ -14,7 +14,7 @@ impl Emitter {
 
     /// To known code that may be mapped anew, through its slot of a jump cache.
     pub(super) fn jump_far(&mut self, target: u64, jumps: usize) {
-        let slot = (target as u32 & self.jump_mask) as usize;
+        let slot = frame::slot(target, self.jump_mask);
         self.assembler.constant(R10, target);
         self.assembler.jump_through(jumps + slot * 8);
     }

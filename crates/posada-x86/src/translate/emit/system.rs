@@ -6,6 +6,7 @@ use crate::core::flag;
 use crate::translate::operation::System;
 
 const RAX: u8 = 0;
+const RCX: u8 = 1;
 const RDX: u8 = 2;
 
 impl Emitter {
@@ -25,10 +26,17 @@ impl Emitter {
                 a.store(frame::segment_base(5), R11);
             }
             System::PushFlags => self.push_flags(),
-            System::ReadTsc => {
+            System::ReadTsc(with_processor) => {
                 let a = &mut self.assembler;
-                // rdtsc; rorx rdx, rdx, 32; lea rax, [rax + rdx]
-                a.bytes(&[0x0f, 0x31, 0xc4, 0xe3, 0xfb, 0xf0, 0xd2, 32, 0x48, 0x8d, 0x04, 0x10]);
+                if with_processor {
+                    // rdtscp: waits for earlier loads.
+                    a.bytes(&[0x0f, 0x01, 0xf9]);
+                    a.load(RCX, frame::TSC_AUX);
+                } else {
+                    a.bytes(&[0x0f, 0x31]);
+                }
+                // rorx rdx, rdx, 32; lea rax, [rax + rdx]
+                a.bytes(&[0xc4, 0xe3, 0xfb, 0xf0, 0xd2, 32, 0x48, 0x8d, 0x04, 0x10]);
                 a.load(R11, frame::TSC_OFFSET);
                 // lea rax, [rax + r11]; rorx rdx, rax, 32; mov edx, edx; mov eax, eax
                 a.bytes(&[
