@@ -405,7 +405,12 @@ impl Core {
         let vex = !protected || v86;
         self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2 | u8::from(vex) << 3;
         let debugger = self.debug.single_step || !self.debug.breakpoints.is_empty();
-        self.careful = debugger || self.system_flags & (flag::TF | flag::RF) != 0 || self.dr[7] & 0xff != 0;
+        let watched = debugger || self.dr[7] & 0xff != 0;
+        if !watched {
+            // It holds back nothing. All returns from faults set it.
+            self.system_flags &= !flag::RF;
+        }
+        self.careful = watched || self.system_flags & flag::TF != 0;
         self.leave_block();
     }
 }
