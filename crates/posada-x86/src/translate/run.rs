@@ -122,11 +122,11 @@ impl Translator {
 
     /// Runs translated code from RIP on until it does not go on.
     pub fn run(&mut self, core: &mut Core) -> Ran {
-        let Some(mut mode) = core.translated_mode() else {
+        if core.translated_mode().is_none() {
             return Ran::Nothing;
-        };
+        }
         self.synchronize(core);
-        let Some(mut block) = self.find(core, mode) else {
+        let Some(mut block) = self.find(core) else {
             return Ran::Nothing;
         };
         loop {
@@ -134,7 +134,7 @@ impl Translator {
             match left {
                 Leave::Chain => {
                     let (exit, flushes) = (core.frame.site, self.flushes);
-                    let Some(next) = self.find(core, mode) else {
+                    let Some(next) = self.find(core) else {
                         return Ran::Some;
                     };
                     // The exit is gone if the cache was full.
@@ -144,12 +144,7 @@ impl Translator {
                     block = next;
                 }
                 Leave::Unknown => {
-                    // A handler may have led to another mode.
-                    let Some(now) = core.translated_mode() else {
-                        return Ran::Some;
-                    };
-                    mode = now;
-                    let Some(next) = self.find(core, mode) else {
+                    let Some(next) = self.find(core) else {
                         return Ran::Some;
                     };
                     block = next;
@@ -227,7 +222,8 @@ impl Translator {
     }
 
     /// The block at RIP, if it is translated or worth it.
-    fn find(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
+    fn find(&mut self, core: &mut Core) -> Option<u32> {
+        let mode = core.translated_mode()?;
         let rip = core.rip();
         let slot = frame::slot(rip, self.jump_mask);
         if core.frame.jumps[mode][slot] != self.unknown() {

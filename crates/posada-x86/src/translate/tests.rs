@@ -354,6 +354,32 @@ fn an_instruction_across_two_pages_follows_its_second_page() {
 }
 
 #[test]
+fn code_after_a_system_call_has_the_rights_of_its_own_mode() {
+    let mut core = machine();
+    // 5000h is the supervisor's.
+    core.physical_write(0x4028, &0xc003_u64.to_le_bytes());
+    // 0: syscall; test ebx, ebx; jz 40h; jmp 0. 40h: mov rax, [5000h].
+    core.physical_write(RAM, &[0x0f, 0x05, 0x85, 0xdb, 0x74, 0x3a, 0xeb, 0xf8]);
+    core.physical_write(RAM + 0x40, &[0x48, 0x8b, 0x04, 0x25, 0x00, 0x50, 0x00, 0x00]);
+    // 100h, the kernel's: dec ebx; jz 1000h; sysretq. 1000h: sysretq.
+    core.physical_write(
+        RAM + 0x100,
+        &[0xff, 0xcb, 0x0f, 0x84, 0xf8, 0x0e, 0, 0, 0x48, 0x0f, 0x07],
+    );
+    core.physical_write(RAM + 0x1000, &[0x48, 0x0f, 0x07]);
+    core.mmu.flush();
+    core.msr.efer |= 1;
+    (core.msr.lstar, core.msr.star) = (0x100, 0x0018_0008 << 32);
+    core.segments[seg::SS].access = 0xf3;
+    core.update_mode();
+    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.set_rip(0);
+    core.regs[gpr::RBX] = 3;
+    finish(&mut core);
+    assert_eq!((core.shut_down, core.cr[2]), (true, 0x5000));
+}
+
+#[test]
 fn a_store_over_the_next_instruction_is_seen() {
     let mut core = machine();
     // mov byte [rip + 1], f4h (hlt); nop; nop; inc eax; hlt: the first NOP becomes HLT.
