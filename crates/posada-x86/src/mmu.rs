@@ -5,6 +5,7 @@ use crate::fault::{Exception, Exec, Raised, vector};
 use crate::host::{modify_atomically, read_host, write_host};
 use crate::size::Size;
 use crate::tlb::{ENTRIES, FETCH_SUPERVISOR, FETCH_USER, GLOBAL, SUPERVISOR, SUPERVISOR_AC, USER, USER_ALIGNED};
+use crate::translate::Wanted;
 use crate::walk::Access;
 
 impl Core {
@@ -367,12 +368,17 @@ impl Core {
 
     /// After a translated access found no tag: fills the slot. False if that does not help: the access faults, is not to
     /// RAM, writes to a page with code, or crosses the page's end, as its tag is there.
-    pub(crate) fn fill_for_translated(&mut self, linear: u64, write: bool) -> bool {
+    pub(crate) fn fill_for_translated(&mut self, linear: u64, wanted: Wanted) -> bool {
         let known = |core: &Self| {
             let entry = core.mmu.entry(core.mmu.active, linear);
-            (linear ^ if write { entry.write } else { entry.read }) < 4096
+            let tag = if wanted == Wanted::Read {
+                entry.read
+            } else {
+                entry.write
+            };
+            (linear ^ tag) < 4096
         };
-        !known(self) && self.look_up(self.mmu.active, linear, write).is_ok() && known(self)
+        !known(self) && (self.look_up(self.mmu.active, linear, wanted == Wanted::Write)).is_ok() && known(self)
     }
 
     /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, DR7, the segments, the system flags and the debugger's

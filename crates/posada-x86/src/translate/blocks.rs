@@ -1,7 +1,7 @@
 //! Translated blocks: found by where they lie and in which mode they run, linked to each other, forgotten with their page.
 
 use super::cache::CodeCache;
-use super::emit::Mark;
+use super::emit::{Check, Mark};
 use super::help::Helped;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -13,6 +13,8 @@ pub struct Key {
     pub rip: u64,
     /// Guest physical page, and in the low bits all else that the code depends on.
     pub page: u64,
+    /// It is to have no groups.
+    pub plain: bool,
 }
 
 impl Key {
@@ -22,6 +24,7 @@ impl Key {
         Self {
             rip,
             page: page | mode as u64 | u64::from(shift & 0x1f) << 2 | u64::from(blocked & 0x1f) << 7,
+            plain: false,
         }
     }
 
@@ -67,6 +70,8 @@ pub struct Branch {
     pub exit: u64,
     /// Address of its rel32.
     pub site: u64,
+    /// It leads to a block without groups.
+    pub plain: bool,
 }
 
 /// One translated block.
@@ -83,6 +88,7 @@ pub struct Block {
     _helped: Box<[Helped]>,
     marks: Box<[Mark]>,
     branches: Box<[Branch]>,
+    checks: Box<[Check]>,
     /// Branches that lead here.
     incoming: Vec<Branch>,
 }
@@ -113,6 +119,8 @@ pub struct Made<'a> {
     pub marks: &'a [Mark],
     /// Direct branches.
     pub branches: Box<[Branch]>,
+    /// Checks for several accesses.
+    pub checks: &'a [Check],
     /// Instructions that the code names.
     pub helped: Box<[Helped]>,
 }
@@ -128,6 +136,7 @@ impl Block {
             _helped: made.helped,
             marks: made.marks.into(),
             branches: made.branches,
+            checks: made.checks.into(),
             incoming: Vec::new(),
         }
     }
@@ -181,12 +190,26 @@ impl Blocks {
         (block.key.rip.wrapping_add(mark.guest.into()), mark.saved)
     }
 
-    /// Lets the branch whose exit is at `exit` lead to a block.
-    pub fn link(&mut self, exit: u64, target: u32, cache: &mut CodeCache) {
+    /// The branch whose exit is at `exit`.
+    pub fn branch(&self, exit: u64) -> Branch {
         let branch = self.at(exit).branches.iter().find(|branch| branch.exit == exit);
-        let Some(&branch) = branch else {
-            return;
-        };
+        *branch.expect("exits are those of branches")
+    }
+
+    /// If the check at `address` is one for several accesses, lets it lead to a block without groups when it fails.
+    pub fn give_up(&self, address: u64, cache: &mut CodeCache) -> bool {
+        let block = self.at(address);
+        let start = (address - block.start) as u32;
+        let check = block.checks.iter().find(|check| check.start == start);
+        if let Some(check) = check {
+            let address = |offset: u32| block.start + u64::from(offset);
+            cache.patch(address(check.site), address(check.plain));
+        }
+        check.is_some()
+    }
+
+    /// Lets a branch lead to a block.
+    pub fn link(&mut self, branch: Branch, target: u32, cache: &mut CodeCache) {
         let target = &mut self.blocks[target as usize];
         cache.patch(branch.site, target.entry);
         target.incoming.push(branch);

@@ -1,5 +1,6 @@
 //! What translated code finds at `gs:`: places in a [`Core`], and the few words that are the translator's own.
 
+use super::groups::GROUPS;
 use crate::core::{Core, Msrs, VectorState};
 use crate::lapic::Lapic;
 use crate::tlb::{ENTRIES, Entry, FETCH_SUPERVISOR, FETCH_USER, Generation, Mmu, SUPERVISOR, SUPERVISOR_AC, USER};
@@ -23,6 +24,8 @@ pub struct Frame {
     pub site: u64,
     /// Holds what does not survive a check.
     pub temporary: u64,
+    /// Host addresses of ranges that were checked once for several accesses.
+    pub ranges: [u64; GROUPS],
     /// The mailbox' event word.
     pub events: u64,
     /// The bits of RIP that number the slots of a jump cache, side by side.
@@ -69,6 +72,7 @@ impl Default for Frame {
             target: 0,
             site: 0,
             temporary: 0,
+            ranges: [0; GROUPS],
             events: 0,
             jump_mask: 0,
             flags_from: 0,
@@ -151,6 +155,11 @@ pub const fn segment_base(segment: u8) -> usize {
     offset_of!(Core, segments)
         + segment as usize * size_of::<posada_engine::Segment>()
         + offset_of!(posada_engine::Segment, base)
+}
+
+/// One of [`Frame::ranges`].
+pub const fn range(group: u8) -> usize {
+    offset_of!(Core, frame) + offset_of!(Frame, ranges) + group as usize * 8
 }
 
 /// A jump cache.

@@ -6,7 +6,7 @@ use super::emit::{Emitter, NextPage, Place};
 use super::frame::{self, JUMPS, MODES};
 use super::operation::{MAX_LENGTH, Reader, limits};
 use super::region::{Next, Page, Region};
-use super::stubs::{self, Enter, Leave, Stubs};
+use super::stubs::{self, Enter, Leave, Stubs, Wanted};
 use super::trap;
 use crate::core::Core;
 use std::io;
@@ -133,13 +133,18 @@ impl Translator {
             let left = self.enter(core, block);
             match left {
                 Leave::Chain => {
-                    let (exit, flushes) = (core.frame.site, self.flushes);
-                    let Some(next) = self.find(core) else {
+                    let (branch, flushes) = (self.blocks.branch(core.frame.site), self.flushes);
+                    let next = if branch.plain {
+                        self.find_plain(core)
+                    } else {
+                        self.find(core)
+                    };
+                    let Some(next) = next else {
                         return Ran::Some;
                     };
                     // The exit is gone if the cache was full.
                     if flushes == self.flushes {
-                        self.blocks.link(exit, next, &mut self.cache);
+                        self.blocks.link(branch, next, &mut self.cache);
                     }
                     block = next;
                 }
@@ -154,7 +159,13 @@ impl Translator {
                 Leave::Refused => {
                     let (rip, _) = self.blocks.instruction(core.frame.site);
                     core.set_rip(rip);
-                    return Ran::Interpret;
+                    if !self.blocks.give_up(core.frame.site, &mut self.cache) {
+                        return Ran::Interpret;
+                    }
+                    let Some(next) = self.find_plain(core) else {
+                        return Ran::Interpret;
+                    };
+                    block = next;
                 }
                 Leave::Trap => {
                     let (rip, saved) = self.blocks.instruction(core.frame.trap_rip);
@@ -232,17 +243,24 @@ impl Translator {
                 return Some(number);
             }
         }
-        let number = self.look_up(core, mode)?;
+        let number = self.look_up(core, mode, false)?;
         self.fill_jump(core, mode, number);
         Some(number)
     }
 
-    fn look_up(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
+    /// The block without groups at RIP.
+    fn find_plain(&mut self, core: &mut Core) -> Option<u32> {
+        let mode = core.translated_mode()?;
+        self.look_up(core, mode, true)
+    }
+
+    fn look_up(&mut self, core: &mut Core, mode: usize, plain: bool) -> Option<u32> {
         let rip = core.rip();
         // The interpreter will raise what this raises.
         let (page, host) = core.fetch_page(rip).ok()?;
         let shift = core.fetched_shift(rip);
-        let key = Key::new(rip, page, mode, shift, core.limits());
+        let mut key = Key::new(rip, page, mode, shift, core.limits());
+        key.plain = plain;
         if let Some(number) = self.blocks.find(&key)
             && let code = core.ram.code()
             && (self.blocks.get(number).source).holds(page, |page| code.page(page).version())
@@ -251,7 +269,7 @@ impl Translator {
         }
         let counter = &mut self.counters[key.mixed() as usize >> 50];
         *counter = counter.saturating_add(1);
-        if *counter < self.threshold {
+        if *counter < self.threshold && !plain {
             return None;
         }
         let place = Place {
@@ -259,6 +277,7 @@ impl Translator {
             mode,
             shift,
             next: None,
+            plain,
         };
         self.translate(core, key, place, host)
     }
@@ -333,6 +352,7 @@ impl Translator {
                 .map(|link| Branch {
                     exit: start + u64::from(link.exit),
                     site: start + u64::from(link.site),
+                    plain: link.plain,
                 })
                 .collect();
             let made = Made {
@@ -340,6 +360,7 @@ impl Translator {
                 entry: start + emitter.entry as u64,
                 marks: &emitter.marks,
                 branches,
+                checks: &emitter.checks,
                 helped,
             };
             let block = Block::new(key, source, made);
@@ -432,6 +453,6 @@ fn read_host<const N: usize>(host: *const u8, bytes: &mut [u8; N]) {
 
 /// A check failed: fills the soft TLB. False if the interpreter must do the access: it faults, crosses a page, is not RAM, or
 /// would write to code.
-extern "sysv64" fn miss(core: &mut Core, linear: u64, write: u32) -> bool {
-    core.fill_for_translated(linear, write != 0)
+extern "sysv64" fn miss(core: &mut Core, linear: u64, wanted: Wanted) -> bool {
+    core.fill_for_translated(linear, wanted)
 }

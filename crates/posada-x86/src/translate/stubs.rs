@@ -62,18 +62,28 @@ pub struct Stubs {
     pub mistaken: u64,
     /// An exception on the host: all registers are the guest's.
     pub trap: u64,
-    /// A check failed for a load: R10 is the linear address, R11 where to try again, with R10 as it was.
-    pub miss_read: u64,
-    /// The same for a store.
-    pub miss_write: u64,
+    /// A check failed, by [`Wanted`]: R10 is the linear address, R11 where to try again, with R10 as it was.
+    pub miss: [u64; 3],
     /// Calls [`super::help::help`]: R10 names the instruction, R11 is where to go on; flags are in the Core.
     pub help: u64,
     /// Loads vector registers; back to R11. Flags are lost.
     pub load_vectors: u64,
 }
 
+/// What a check looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Wanted {
+    /// The page may be read.
+    Read,
+    /// It is about to be written.
+    Write,
+    /// It is about to be read, and might be written without anything being noted.
+    Writable,
+}
+
 /// What a failed check calls: true if it would succeed now.
-pub type Miss = extern "sysv64" fn(&mut Core, u64, u32) -> bool;
+pub type Miss = extern "sysv64" fn(&mut Core, u64, Wanted) -> bool;
 
 fn guest_registers() -> impl Iterator<Item = u8> {
     (0..16).filter(|&number| number != R10 && number != R11)
@@ -188,7 +198,7 @@ impl Maker<'_> {
         self.back();
     }
 
-    fn miss(&mut self, write: bool, helper: u64) {
+    fn miss(&mut self, wanted: Wanted, helper: u64) {
         self.save_registers();
         self.a.store(frame::SITE, R11);
         self.a.store(frame::TARGET, R10);
@@ -196,7 +206,7 @@ impl Maker<'_> {
         self.save_vectors();
         self.a.load(RDI, frame::CORE);
         self.a.copy(RSI, R10);
-        self.a.constant(RDX, write.into());
+        self.a.constant(RDX, wanted as u64);
         self.a.constant(RAX, helper);
         // call rax; test al, al
         self.a.bytes(&[0xff, 0xd0, 0x84, 0xc0]);
@@ -258,15 +268,10 @@ pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
     maker.align();
     stubs.mistaken = maker.address();
     maker.leave(Leave::Unknown, false);
-    for write in [false, true] {
+    for wanted in [Wanted::Read, Wanted::Write, Wanted::Writable] {
         maker.align();
-        let place = if write {
-            &mut stubs.miss_write
-        } else {
-            &mut stubs.miss_read
-        };
-        *place = maker.a.start + maker.a.here() as u64;
-        maker.miss(write, miss as usize as u64);
+        stubs.miss[wanted as usize] = maker.address();
+        maker.miss(wanted, miss as *const () as u64);
     }
     maker.align();
     stubs.help = maker.address();

@@ -40,8 +40,8 @@ impl Emitter {
                 self.exit(hole, target, live);
             }
             Kind::Call(target) => {
-                self.push_address();
-                self.push_next(next);
+                let offset = self.stack_address(operation.kind);
+                self.push_next(offset, next);
                 self.settle(live);
                 let hole = self.assembler.jump();
                 self.exit(hole, target, live);
@@ -51,15 +51,16 @@ impl Emitter {
                 self.assembler.copy(R10, from);
                 self.canonical(live);
                 self.assembler.store(frame::TEMPORARY, R10);
-                self.push_address();
-                self.push_next(next);
+                self.held = None;
+                let offset = self.stack_address(operation.kind);
+                self.push_next(offset, next);
                 self.jump_temporary(live);
             }
             Kind::CallMemory(memory) => {
                 self.load_operand(&memory);
                 self.canonical(live);
-                self.push_address();
-                self.push_next(next);
+                let offset = self.stack_address(operation.kind);
+                self.push_next(offset, next);
                 self.jump_temporary(live);
             }
             Kind::JumpRegister(register) => {
@@ -71,16 +72,15 @@ impl Emitter {
             }
             Kind::JumpMemory(memory) => {
                 self.access(&memory);
-                self.assembler.load_at(R10, R10);
+                self.assembler.load_at(R10, 0);
                 self.canonical(live);
                 self.settle(live);
                 self.jump_r10(live);
             }
             Kind::System(System::SetAccess(on)) => self.set_access(on, next, live),
             Kind::Return(drop) => {
-                self.assembler.copy(R10, RSP);
-                self.check(8, false);
-                self.assembler.load_at(R10, R10);
+                let offset = self.stack_address(operation.kind);
+                self.assembler.load_at(R10, offset);
                 self.canonical(live);
                 self.assembler.add(RSP, RSP, 8 + i32::from(drop));
                 self.settle(live);
@@ -93,17 +93,17 @@ impl Emitter {
     /// Eight bytes of memory into the frame.
     pub(super) fn load_operand(&mut self, memory: &Memory) {
         self.access(memory);
-        self.assembler.load_at(R10, R10);
+        self.assembler.load_at(R10, 0);
         self.assembler.store(frame::TEMPORARY, R10);
     }
 
-    /// Stores a return address at R10 and moves RSP.
-    pub(super) fn push_next(&mut self, next: u64) {
+    /// Stores a return address at `[R10 + offset]` and moves RSP.
+    pub(super) fn push_next(&mut self, offset: i32, next: u64) {
         match i32::try_from(next as i64) {
-            Ok(next) => self.assembler.store_constant_at(R10, next),
+            Ok(next) => self.assembler.store_constant_at(offset, next),
             Err(_) => {
                 self.assembler.constant(R11, next);
-                self.assembler.store_at(R10, R11);
+                self.assembler.store_at(offset, R11);
             }
         }
         self.assembler.add(RSP, RSP, -8);
@@ -137,7 +137,7 @@ impl Emitter {
 
     /// The way on to `target` from a jump: straight, if source and target are mapped together.
     pub(super) fn exit(&mut self, hole: Hole, target: u64, live: bool) {
-        if target == self.start {
+        if target == self.start && !self.plain {
             self.assembler.fill(hole, self.entry);
         } else if (target ^ self.start) >> self.shift == 0 {
             self.cold.push(Cold::Chain { hole, target });

@@ -3,7 +3,7 @@
 
 use super::{Emitter, Leave, R10, R11, RSP, condition, frame};
 use crate::core::flag;
-use crate::translate::operation::System;
+use crate::translate::operation::{Kind, System};
 
 const RAX: u8 = 0;
 const RCX: u8 = 1;
@@ -19,13 +19,14 @@ impl Emitter {
             }
             System::Sti => self.sti(live),
             System::Swapgs => {
+                self.held = None;
                 let a = &mut self.assembler;
                 a.load(R10, frame::segment_base(5));
                 a.load(R11, frame::KERNEL_GS_BASE);
                 a.store(frame::KERNEL_GS_BASE, R10);
                 a.store(frame::segment_base(5), R11);
             }
-            System::PushFlags => self.push_flags(),
+            System::PushFlags => self.push_flags(system),
             System::ReadTsc(with_processor) => {
                 let a = &mut self.assembler;
                 if with_processor {
@@ -62,9 +63,9 @@ impl Emitter {
     }
 
     /// PUSHFQ. The flags are in the Core, saved before.
-    fn push_flags(&mut self) {
+    fn push_flags(&mut self, system: System) {
         self.save(true);
-        self.push_address();
+        let offset = self.stack_address(Kind::System(system));
         let a = &mut self.assembler;
         a.load_word(R11, frame::ARITHMETIC);
         // rorx r11d, r11d, 8: the flags of AH in their places, OF in bit 24.
@@ -72,7 +73,7 @@ impl Emitter {
         a.gather_r11(frame::FLAGS_FROM);
         a.scatter_r11(frame::FLAGS_TO);
         a.or_from(R11, frame::SYSTEM_FLAGS);
-        a.store_at(R10, R11);
+        a.store_at(offset, R11);
         a.add(RSP, RSP, -8);
     }
 
