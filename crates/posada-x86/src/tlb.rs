@@ -1,9 +1,13 @@
 //! Soft TLBs: direct-mapped tables of translations, one for each set of rights that accesses come with.
 
+use crate::core::write_fields;
+use crate::filled::Filled;
 use crate::walk::Mapping;
 use posada_memory::CodeMap;
 
-pub(crate) const ENTRIES: usize = 1024;
+pub(crate) const ENTRIES: usize = 4096;
+const FETCHED_WORDS: usize = 128;
+const LARGE_WORDS: usize = 64;
 /// Tables: data of user mode, of supervisor mode, of supervisor mode with EFLAGS.AC, code of user and supervisor mode, and
 /// one that stays empty, for data of user mode while alignment is checked (CR0.AM and EFLAGS.AC).
 const TABLES: usize = 6;
@@ -51,15 +55,15 @@ pub struct Generation {
 pub struct Mmu {
     /// All tables, one after another, in place: translated code finds them at a fixed distance from the Core's start.
     pub(crate) entries: [Entry; TABLES * ENTRIES],
-    /// Slots in use (those whose entry has a host address), so that a flush costs what was used.
-    filled: Vec<u16>,
-    /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed
-    /// bit sets, so that forgetting a small page need not look at every slot.
-    large: [u64; 16],
-    huge: u64,
+    filled: Filled,
+    /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed bit
+    /// sets, so that forgetting a small page need not look at every slot. For the lower half of the addresses what is not
+    /// global, and what is; and all for the upper half.
+    large: [[u64; LARGE_WORDS]; 3],
+    huge: [u64; 3],
     /// Which pages code was fetched from since all was forgotten: a hashed bit set. To forget one of the others is nothing
     /// to those who keep ways to code.
-    fetched: [u64; 128],
+    fetched: [u64; FETCHED_WORDS],
     /// Counts what was forgotten: while `all` stands global mappings hold, while both stand all do.
     generation: Generation,
     /// The data table of the current mode: its first slot.
@@ -69,21 +73,27 @@ pub struct Mmu {
 // SAFETY: the pointers name guest RAM, which outlives the Core that owns this.
 unsafe impl Send for Mmu {}
 
-impl Default for Mmu {
-    fn default() -> Self {
-        Self {
-            entries: std::array::from_fn(Entry::empty),
-            filled: Vec::new(),
-            large: [0; 16],
-            huge: 0,
-            fetched: [0; 128],
-            generation: Generation::default(),
-            active: SUPERVISOR * ENTRIES,
+impl Mmu {
+    /// Makes empty ones in place, as they are larger than a stack should hold.
+    ///
+    /// # Safety
+    /// `at` is memory for one.
+    pub(crate) unsafe fn make(at: *mut Self) {
+        // SAFETY: the caller's memory; each slot of the table is written.
+        unsafe {
+            let entries = (&raw mut (*at).entries).cast::<Entry>();
+            (0..TABLES * ENTRIES).for_each(|slot| entries.add(slot).write(Entry::empty(slot)));
+            write_fields!(Self at at, with entries; {
+                filled: Filled::new(TABLES * ENTRIES),
+                large: [[0; LARGE_WORDS]; 3],
+                huge: [0; 3],
+                fetched: [0; FETCHED_WORDS],
+                generation: Generation::default(),
+                active: SUPERVISOR * ENTRIES,
+            });
         }
     }
-}
 
-impl Mmu {
     #[inline(always)]
     fn slot(first: usize, linear: u64) -> usize {
         first + (linear >> 12) as usize % ENTRIES
@@ -98,25 +108,14 @@ impl Mmu {
     }
 
     pub(crate) fn fill(&mut self, first: usize, linear: u64, host: *mut u8, mapping: &Mapping, write: bool) {
+        self.note_size(linear, mapping);
         let slot = Self::slot(first, linear);
         let empty = Entry::empty(slot);
         let entry = &mut self.entries[slot];
-        if entry.host.is_null() {
-            self.filled.push(slot as u16);
-        }
+        self.filled.add(slot, mapping.global);
         if matches!(first / ENTRIES, FETCH_USER | FETCH_SUPERVISOR) {
             let (word, bit) = Self::fetched_bit(linear);
             self.fetched[word] |= 1 << bit;
-        }
-        match mapping.shift {
-            12 => {}
-            30.. => self.huge |= 1 << (linear >> 30 & 63),
-            shift => {
-                let first = linear >> shift << shift >> 21;
-                for region in first..first + (1 << (shift - 21)) {
-                    self.large[(region >> 6 & 15) as usize] |= 1 << (region & 63);
-                }
-            }
         }
         let page = linear & !0xfff;
         *entry = Entry {
@@ -127,36 +126,62 @@ impl Mmu {
         };
     }
 
+    fn note_size(&mut self, linear: u64, mapping: &Mapping) {
+        let set = if linear >> 63 == 0 {
+            usize::from(mapping.global)
+        } else {
+            2
+        };
+        match mapping.shift {
+            12 => {}
+            30.. => self.huge[set] |= 1 << (linear >> 30 & 63),
+            shift => {
+                let first = linear >> shift << shift >> 21;
+                for region in first..first + (1 << (shift - 21)) {
+                    let region = region as usize % (LARGE_WORDS * 64);
+                    self.large[set][region / 64] |= 1 << (region % 64);
+                }
+            }
+        }
+    }
+
+    /// True if the page may be part of a larger one.
+    fn may_be_large(&self, linear: u64) -> bool {
+        let region = (linear >> 21) as usize % (LARGE_WORDS * 64);
+        let is_in = |set: usize| {
+            (self.large[set][region / 64] >> (region % 64) | self.huge[set] >> (linear >> 30 & 63)) & 1 != 0
+        };
+        if linear >> 63 == 0 {
+            is_in(0) || is_in(1)
+        } else {
+            is_in(2)
+        }
+    }
+
     /// Forgets everything.
     pub fn flush(&mut self) {
-        for slot in self.filled.drain(..) {
-            self.entries[usize::from(slot)] = Entry::empty(slot.into());
-        }
-        (self.large, self.huge, self.fetched) = ([0; 16], 0, [0; 128]);
+        let entries = &mut self.entries;
+        self.filled.drain(|slot| entries[slot] = Entry::empty(slot));
+        self.fetched = [0; FETCHED_WORDS];
+        (self.large, self.huge) = ([[0; LARGE_WORDS]; 3], [0; 3]);
         self.generation.all += 1;
     }
 
     fn fetched_bit(linear: u64) -> (usize, u32) {
         let page = linear >> 12;
-        let hash = (page ^ page >> 13) as u32 % (128 * 64);
+        let hash = (page ^ page >> 13) as u32 % (FETCHED_WORDS as u32 * 64);
         (hash as usize / 64, hash % 64)
-    }
-
-    fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
-        let entries = &mut self.entries;
-        self.filled.retain(|&slot| {
-            let entry = &mut entries[usize::from(slot)];
-            let gone = drop(entry);
-            if gone {
-                *entry = Entry::empty(slot.into());
-            }
-            !gone
-        });
     }
 
     /// Forgets all but global pages.
     pub fn flush_non_global(&mut self) {
-        self.flush_where(|entry| entry.gpa & GLOBAL == 0);
+        let entries = &mut self.entries;
+        self.filled.drain_context(|slot| {
+            if entries[slot].gpa & GLOBAL == 0 {
+                entries[slot] = Entry::empty(slot);
+            }
+        });
+        (self.large[0], self.huge[0]) = ([0; LARGE_WORDS], 0);
         self.generation.context += 1;
     }
 
@@ -168,8 +193,7 @@ impl Mmu {
 
     /// Forgets one page, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
-        let large = self.large[(linear >> 27 & 15) as usize] >> (linear >> 21 & 63) & 1;
-        if large | self.huge >> (linear >> 30 & 63) & 1 == 0 {
+        if !self.may_be_large(linear) {
             let (word, bit) = Self::fetched_bit(linear);
             self.generation.all += self.fetched[word] >> bit & 1;
             for table in 0..TABLES {
@@ -183,24 +207,29 @@ impl Mmu {
             return;
         }
         self.generation.all += 1;
-        self.flush_where(|entry| (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0);
+        for slot in self.filled.iter() {
+            let entry = &mut self.entries[slot];
+            if (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0 {
+                *entry = Entry::empty(slot);
+            }
+        }
     }
 
     /// Sends stores to the page at guest physical address `gpa` through the slow path: it holds code now.
     pub fn forbid_writes(&mut self, gpa: u64) {
-        for &slot in &self.filled {
-            let entry = &mut self.entries[usize::from(slot)];
+        for slot in self.filled.iter() {
+            let entry = &mut self.entries[slot];
             if (entry.gpa ^ gpa) >> 12 == 0 {
-                entry.write = Entry::empty(slot.into()).write;
+                entry.write = Entry::empty(slot).write;
             }
         }
     }
 
     /// Does the same for every page that holds code by now, and invalidates the code of those that could be stored to.
     pub fn forbid_writes_to_code(&mut self, code: &CodeMap) {
-        for &slot in &self.filled {
-            let never = Entry::empty(slot.into()).write;
-            let entry = &mut self.entries[usize::from(slot)];
+        for slot in self.filled.iter() {
+            let never = Entry::empty(slot).write;
+            let entry = &mut self.entries[slot];
             if entry.write != never && code.page(entry.gpa).has_code() {
                 entry.write = never;
                 code.invalidate(entry.gpa);

@@ -9,6 +9,7 @@ use super::region::{Next, Page, Region};
 use super::stubs::{self, Enter, Leave, Stubs, Wanted};
 use super::trap;
 use crate::core::Core;
+use crate::filled::Filled;
 use std::io;
 
 /// A block is translated when it is wanted for the so-manieth time.
@@ -50,10 +51,10 @@ pub struct Translator {
     emitter: Emitter,
     counters: Box<[u8]>,
     threshold: u8,
-    /// Filled slots of the jump caches: mode and number.
-    filled: Vec<(u8, u16)>,
+    /// Filled slots of the jump caches, one cache after another.
+    filled: Filled,
     /// What filled slots lead to.
-    jumps: Box<[[Jump; JUMPS]; MODES]>,
+    jumps: [Box<[Jump]>; MODES],
     /// How often the cache was full.
     flushes: u64,
     jump_mask: u32,
@@ -83,8 +84,8 @@ impl Translator {
             emitter: Emitter::new(stubs, bmi2, jump_mask),
             counters: vec![0; COUNTERS].into(),
             threshold: THRESHOLD,
-            filled: Vec::new(),
-            jumps: Box::new([[Jump::default(); JUMPS]; MODES]),
+            filled: Filled::new(MODES * JUMPS),
+            jumps: std::array::from_fn(|_| vec![Jump::default(); JUMPS].into()),
             flushes: 0,
             jump_mask,
         })
@@ -98,7 +99,8 @@ impl Translator {
         core.frame.flags_from = frame::PACKED_FLAGS;
         core.frame.flags_to = crate::core::flag::ARITHMETIC as u32;
         if core.frame.jumps[0][0] == 0 {
-            core.frame.jumps = [[self.unknown(); JUMPS]; MODES];
+            let unknown = self.unknown();
+            core.frame.jumps.iter_mut().for_each(|jumps| jumps.fill(unknown));
         }
         trap::set_gs(core);
     }
@@ -209,27 +211,26 @@ impl Translator {
     fn forget_jumps(&mut self, core: &mut Core, keep_global: bool) {
         let unknown = self.unknown();
         let jumps = &self.jumps;
-        self.filled.retain(|&(mode, slot)| {
-            let (mode, slot) = (usize::from(mode), usize::from(slot));
-            if keep_global && jumps[mode][slot].global {
-                return true;
+        let forget = |number: usize| {
+            let (mode, slot) = (number / JUMPS, number % JUMPS);
+            if !keep_global || !jumps[mode][slot].global {
+                core.frame.jumps[mode][slot] = unknown;
             }
-            core.frame.jumps[mode][slot] = unknown;
-            false
-        });
+        };
+        if keep_global {
+            self.filled.drain_context(forget);
+        } else {
+            self.filled.drain(forget);
+        }
     }
 
     fn fill_jump(&mut self, core: &mut Core, mode: usize, number: u32) {
         let block = self.blocks.get(number);
         let slot = frame::slot(block.key.rip, self.jump_mask);
-        if core.frame.jumps[mode][slot] == self.unknown() {
-            self.filled.push((mode as u8, slot as u16));
-        }
+        let global = core.fetched_globally(block.key.rip);
         core.frame.jumps[mode][slot] = block.start;
-        self.jumps[mode][slot] = Jump {
-            block: number,
-            global: core.fetched_globally(block.key.rip),
-        };
+        self.jumps[mode][slot] = Jump { block: number, global };
+        self.filled.add(mode * JUMPS + slot, global);
     }
 
     /// The block at RIP, if it is translated or worth it.
