@@ -239,10 +239,29 @@ pub struct Core {
     pub rate: Rate,
 }
 
+/// Writes the fields of a value where it is to be, but for those that are made there already. All are named, or it does not
+/// compile.
+macro_rules! write_fields {
+    ($type:ident at $at:expr, $(with $($made:ident),+)?; { $($field:ident: $value:expr,)* }) => {{
+        let _all_named = |value: &$type| {
+            let $type { $($field: _,)* $($($made: _,)+)? } = value;
+        };
+        $((&raw mut (*$at).$field).write($value);)*
+    }};
+}
+pub(crate) use write_fields;
+
 impl Core {
-    /// A processor after RESET. It is large, as its soft TLBs are part of it.
+    /// A processor after RESET. It is larger than a stack should hold, as its soft TLBs are part of it.
     pub fn new(ram: Arc<GuestRam>, machine: Arc<dyn Machine>, shared: Arc<Shared>) -> Box<Self> {
-        let mut core = Box::new(Self {
+        let mut place = Box::<Self>::new_uninit();
+        let at = place.as_mut_ptr();
+        // SAFETY: all fields of memory of this type are written, and nothing is read before.
+        let mut core = unsafe {
+            let code = (shared.vcpus().len() > 1).then(|| Arc::clone(ram.code()));
+            Mmu::make(&raw mut (*at).mmu, code);
+            Frame::make(&raw mut (*at).frame);
+            write_fields!(Self at at, with mmu, frame; {
             regs: [0; 18],
             stop_at: 0,
             arithmetic: 0,
@@ -251,7 +270,6 @@ impl Core {
             cpl: 0,
             fpu_blocked: 0,
             system_flags: 0,
-            mmu: Mmu::new((shared.vcpus().len() > 1).then(|| Arc::clone(ram.code()))),
             segments: Default::default(),
             ldtr: Segment::default(),
             tr: Segment::default(),
@@ -277,16 +295,17 @@ impl Core {
             debug_passed: None,
             cache: Cache::default(),
             pauses: 0,
-            frame: Frame::default(),
             translator: None,
             steal: Steal::default(),
             clock_settings: shared.vm().clock_settings(),
             pvclock_stale: false,
-            ram,
-            machine,
+            ram: ram,
+            machine: machine,
             rate: shared.vm().rate(),
-            shared,
-        });
+            shared: shared,
+            });
+            place.assume_init()
+        };
         let reset = CpuState::reset();
         core.set_registers(&reset);
         core.set_xsave_area(&reset.xsave);

@@ -291,14 +291,14 @@ impl Core {
 
     /// After a handler's `Err`: RIP goes back to the instruction.
     #[inline]
-    fn take_back(&mut self, insn: &Insn) {
+    pub(crate) fn take_back(&mut self, insn: &Insn) {
         self.set_rip(self.rip().wrapping_sub(insn.length.into()));
         if self.raised.non_canonical && usize::from(insn.segment) == seg::SS {
             self.raised.vector = vector::SS;
         }
     }
 
-    fn deliver_raised(&mut self) {
+    pub(crate) fn deliver_raised(&mut self) {
         let raised = self.raised;
         self.deliver(raised);
     }

@@ -13,6 +13,7 @@ pub mod decode;
 pub mod engine;
 pub mod exception;
 pub mod fault;
+mod filled;
 pub mod flags;
 mod host;
 pub mod insn;

@@ -5,6 +5,7 @@ use crate::fault::{Exception, Exec, Raised, vector};
 use crate::host::{modify_atomically, read_host, write_host};
 use crate::size::Size;
 use crate::tlb::{ENTRIES, FETCH_SUPERVISOR, FETCH_USER, GLOBAL, SUPERVISOR, SUPERVISOR_AC, USER, USER_ALIGNED};
+use crate::translate::Wanted;
 use crate::walk::Access;
 
 impl Core {
@@ -350,24 +351,34 @@ impl Core {
         table * ENTRIES
     }
 
+    /// [`crate::tlb::Entry::gpa`] of the page of code at `linear`, which was just fetched from.
+    pub(crate) fn fetched_gpa(&self, linear: u64) -> u64 {
+        self.mmu.entry(self.fetch_table(), linear).gpa
+    }
+
     /// True if the page of code at `linear`, which was just fetched from, is mapped globally.
     pub(crate) fn fetched_globally(&self, linear: u64) -> bool {
-        self.mmu.entry(self.fetch_table(), linear).gpa & GLOBAL != 0
+        self.fetched_gpa(linear) & GLOBAL != 0
     }
 
     /// log2 of the size of the page of code at `linear`, which was just fetched from.
     pub(crate) fn fetched_shift(&self, linear: u64) -> u8 {
-        (self.mmu.entry(self.fetch_table(), linear).gpa & 0x3f) as u8
+        (self.fetched_gpa(linear) & 0x3f) as u8
     }
 
     /// After a translated access found no tag: fills the slot. False if that does not help: the access faults, is not to
     /// RAM, writes to a page with code, or crosses the page's end, as its tag is there.
-    pub(crate) fn fill_for_translated(&mut self, linear: u64, write: bool) -> bool {
+    pub(crate) fn fill_for_translated(&mut self, linear: u64, wanted: Wanted) -> bool {
         let known = |core: &Self| {
             let entry = core.mmu.entry(core.mmu.active, linear);
-            (linear ^ if write { entry.write } else { entry.read }) < 4096
+            let tag = if wanted == Wanted::Read {
+                entry.read
+            } else {
+                entry.write
+            };
+            (linear ^ tag) < 4096
         };
-        !known(self) && self.look_up(self.mmu.active, linear, write).is_ok() && known(self)
+        !known(self) && (self.look_up(self.mmu.active, linear, wanted == Wanted::Write)).is_ok() && known(self)
     }
 
     /// Derives what is kept for speed from CR0, CR4, EFER, XCR0, DR7, the segments, the system flags and the debugger's
@@ -400,7 +411,12 @@ impl Core {
         let vex = !protected || v86;
         self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2 | u8::from(vex) << 3;
         let debugger = self.debug.single_step || !self.debug.breakpoints.is_empty();
-        self.careful = debugger || self.system_flags & (flag::TF | flag::RF) != 0 || self.dr[7] & 0xff != 0;
+        let watched = debugger || self.dr[7] & 0xff != 0;
+        if !watched {
+            // It holds back nothing. All returns from faults set it.
+            self.system_flags &= !flag::RF;
+        }
+        self.careful = watched || self.system_flags & flag::TF != 0;
         self.leave_block();
     }
 }

@@ -1,11 +1,15 @@
 //! Soft TLBs: direct-mapped tables of translations, one for each set of rights that accesses come with.
 
+use crate::core::write_fields;
+use crate::filled::Filled;
 use crate::walk::Mapping;
 use posada_memory::CodeMap;
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 
-pub(crate) const ENTRIES: usize = 1024;
+pub(crate) const ENTRIES: usize = 4096;
+const FETCHED_WORDS: usize = 128;
+const LARGE_WORDS: usize = 64;
 /// Tables: data of user mode, of supervisor mode, of supervisor mode with EFLAGS.AC, code of user and supervisor mode, and
 /// one that stays empty, for data of user mode while alignment is checked (CR0.AM and EFLAGS.AC).
 const TABLES: usize = 6;
@@ -53,12 +57,15 @@ pub struct Generation {
 pub struct Mmu {
     /// All tables, one after another, in place: translated code finds them at a fixed distance from the Core's start.
     pub(crate) entries: [Entry; TABLES * ENTRIES],
-    /// Slots in use (those whose entry has a host address), so that a flush costs what was used.
-    filled: Vec<u16>,
-    /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed
-    /// bit sets, so that forgetting a small page need not look at every slot.
-    large: [u64; 16],
-    huge: u64,
+    filled: Filled,
+    /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed bit
+    /// sets, so that forgetting a small page need not look at every slot. For the lower half of the addresses what is not
+    /// global, and what is; and all for the upper half.
+    large: [[u64; LARGE_WORDS]; 3],
+    huge: [u64; 3],
+    /// Which pages code was fetched from since all was forgotten: a hashed bit set. To forget one of the others is nothing
+    /// to those who keep ways to code.
+    fetched: [u64; FETCHED_WORDS],
     /// Counts what was forgotten: while `all` stands global mappings hold, while both stand all do.
     generation: Generation,
     /// The data table of the current mode: its first slot.
@@ -88,22 +95,41 @@ impl Others {
         let code = self.0.as_ref().filter(|code| code.page(gpa).has_code());
         code.inspect(|code| code.invalidate(gpa)).is_some()
     }
+
+    /// Empties a slot, once stores are settled.
+    #[inline]
+    fn empty(&self, entry: &mut Entry, slot: usize) {
+        let empty = Entry::empty(slot);
+        if entry.write != empty.write {
+            self.look(entry.gpa);
+        }
+        *entry = empty;
+    }
 }
 
 // SAFETY: the pointers name guest RAM, which outlives the Core that owns this.
 unsafe impl Send for Mmu {}
 
 impl Mmu {
-    /// Empty ones, of a processor that alone uses its RAM or shares it, with code in it, with others.
-    pub fn new(shared: Option<Arc<CodeMap>>) -> Self {
-        Self {
-            others: Others(shared),
-            entries: std::array::from_fn(Entry::empty),
-            filled: Vec::new(),
-            large: [0; 16],
-            huge: 0,
-            generation: Generation::default(),
-            active: SUPERVISOR * ENTRIES,
+    /// Makes empty ones in place, as they are larger than a stack should hold, of a processor that alone uses its RAM or
+    /// shares it, with code in it, with others.
+    ///
+    /// # Safety
+    /// `at` is memory for one.
+    pub(crate) unsafe fn make(at: *mut Self, shared: Option<Arc<CodeMap>>) {
+        // SAFETY: the caller's memory; each slot of the table is written.
+        unsafe {
+            let entries = (&raw mut (*at).entries).cast::<Entry>();
+            (0..TABLES * ENTRIES).for_each(|slot| entries.add(slot).write(Entry::empty(slot)));
+            write_fields!(Self at at, with entries; {
+                filled: Filled::new(TABLES * ENTRIES),
+                large: [[0; LARGE_WORDS]; 3],
+                huge: [0; 3],
+                fetched: [0; FETCHED_WORDS],
+                generation: Generation::default(),
+                active: SUPERVISOR * ENTRIES,
+                others: Others(shared),
+            });
         }
     }
 
@@ -121,24 +147,18 @@ impl Mmu {
     }
 
     pub(crate) fn fill(&mut self, first: usize, linear: u64, host: *mut u8, mapping: &Mapping, write: bool) {
+        self.note_size(linear, mapping);
         let slot = Self::slot(first, linear);
         let empty = Entry::empty(slot);
         let entry = &mut self.entries[slot];
-        if entry.host.is_null() {
-            self.filled.push(slot as u16);
-        } else if entry.write != empty.write {
+        if entry.write != empty.write {
             self.others.settle_stores();
             self.others.look(entry.gpa);
         }
-        match mapping.shift {
-            12 => {}
-            30.. => self.huge |= 1 << (linear >> 30 & 63),
-            shift => {
-                let first = linear >> shift << shift >> 21;
-                for region in first..first + (1 << (shift - 21)) {
-                    self.large[(region >> 6 & 15) as usize] |= 1 << (region & 63);
-                }
-            }
+        self.filled.add(slot, mapping.global);
+        if matches!(first / ENTRIES, FETCH_USER | FETCH_SUPERVISOR) {
+            let (word, bit) = Self::fetched_bit(linear);
+            self.fetched[word] |= 1 << bit;
         }
         let page = linear & !0xfff;
         *entry = Entry {
@@ -149,40 +169,64 @@ impl Mmu {
         };
     }
 
-    /// Forgets everything.
-    pub fn flush(&mut self) {
-        self.others.settle_stores();
-        for slot in self.filled.drain(..) {
-            let empty = Entry::empty(slot.into());
-            let entry = std::mem::replace(&mut self.entries[usize::from(slot)], empty);
-            if entry.write != empty.write {
-                self.others.look(entry.gpa);
+    fn note_size(&mut self, linear: u64, mapping: &Mapping) {
+        let set = if linear >> 63 == 0 {
+            usize::from(mapping.global)
+        } else {
+            2
+        };
+        match mapping.shift {
+            12 => {}
+            30.. => self.huge[set] |= 1 << (linear >> 30 & 63),
+            shift => {
+                let first = linear >> shift << shift >> 21;
+                for region in first..first + (1 << (shift - 21)) {
+                    let region = region as usize % (LARGE_WORDS * 64);
+                    self.large[set][region / 64] |= 1 << (region % 64);
+                }
             }
         }
-        (self.large, self.huge) = ([0; 16], 0);
+    }
+
+    /// True if the page may be part of a larger one.
+    fn may_be_large(&self, linear: u64) -> bool {
+        let region = (linear >> 21) as usize % (LARGE_WORDS * 64);
+        let is_in = |set: usize| {
+            (self.large[set][region / 64] >> (region % 64) | self.huge[set] >> (linear >> 30 & 63)) & 1 != 0
+        };
+        if linear >> 63 == 0 {
+            is_in(0) || is_in(1)
+        } else {
+            is_in(2)
+        }
+    }
+
+    /// Forgets everything.
+    pub fn flush(&mut self) {
+        let (entries, others) = (&mut self.entries, &self.others);
+        others.settle_stores();
+        self.filled.drain(|slot| others.empty(&mut entries[slot], slot));
+        self.fetched = [0; FETCHED_WORDS];
+        (self.large, self.huge) = ([[0; LARGE_WORDS]; 3], [0; 3]);
         self.generation.all += 1;
     }
 
-    fn flush_where(&mut self, drop: impl Fn(&Entry) -> bool) {
-        let (entries, others) = (&mut self.entries, &self.others);
-        others.settle_stores();
-        self.filled.retain(|&slot| {
-            let entry = &mut entries[usize::from(slot)];
-            let gone = drop(entry);
-            if gone {
-                let empty = Entry::empty(slot.into());
-                let entry = std::mem::replace(entry, empty);
-                if entry.write != empty.write {
-                    others.look(entry.gpa);
-                }
-            }
-            !gone
-        });
+    fn fetched_bit(linear: u64) -> (usize, u32) {
+        let page = linear >> 12;
+        let hash = (page ^ page >> 13) as u32 % (FETCHED_WORDS as u32 * 64);
+        (hash as usize / 64, hash % 64)
     }
 
     /// Forgets all but global pages.
     pub fn flush_non_global(&mut self) {
-        self.flush_where(|entry| entry.gpa & GLOBAL == 0);
+        let (entries, others) = (&mut self.entries, &self.others);
+        others.settle_stores();
+        self.filled.drain_context(|slot| {
+            if entries[slot].gpa & GLOBAL == 0 {
+                others.empty(&mut entries[slot], slot);
+            }
+        });
+        (self.large[0], self.huge[0]) = ([0; LARGE_WORDS], 0);
         self.generation.context += 1;
     }
 
@@ -194,32 +238,34 @@ impl Mmu {
 
     /// Forgets one page, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
-        self.generation.all += 1;
-        let large = self.large[(linear >> 27 & 15) as usize] >> (linear >> 21 & 63) & 1;
-        if large | self.huge >> (linear >> 30 & 63) & 1 == 0 {
-            self.others.settle_stores();
+        self.others.settle_stores();
+        if !self.may_be_large(linear) {
+            let (word, bit) = Self::fetched_bit(linear);
+            self.generation.all += self.fetched[word] >> bit & 1;
             for table in 0..TABLES {
                 let slot = Self::slot(table * ENTRIES, linear);
                 let entry = &mut self.entries[slot];
                 if (entry.read ^ linear) < 4096 {
-                    let Entry { read, write, .. } = Entry::empty(slot);
-                    if entry.write != write {
-                        self.others.look(entry.gpa);
-                    }
-                    (entry.read, entry.write) = (read, write);
+                    self.others.empty(entry, slot);
                 }
             }
             return;
         }
-        self.flush_where(|entry| (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0);
+        self.generation.all += 1;
+        for slot in self.filled.iter() {
+            let entry = &mut self.entries[slot];
+            if (entry.read ^ linear) >> (entry.gpa & 0x3f) == 0 {
+                self.others.empty(entry, slot);
+            }
+        }
     }
 
     /// Sends stores to the page at guest physical address `gpa` through the slow path: it holds code now.
     pub fn forbid_writes(&mut self, gpa: u64) {
-        for &slot in &self.filled {
-            let entry = &mut self.entries[usize::from(slot)];
+        for slot in self.filled.iter() {
+            let entry = &mut self.entries[slot];
             if (entry.gpa ^ gpa) >> 12 == 0 {
-                entry.write = Entry::empty(slot.into()).write;
+                entry.write = Entry::empty(slot).write;
             }
         }
     }
@@ -228,9 +274,9 @@ impl Mmu {
     /// stored to.
     pub fn forbid_writes_to_code(&mut self) {
         self.others.settle_stores();
-        for &slot in &self.filled {
-            let never = Entry::empty(slot.into()).write;
-            let entry = &mut self.entries[usize::from(slot)];
+        for slot in self.filled.iter() {
+            let never = Entry::empty(slot).write;
+            let entry = &mut self.entries[slot];
             if entry.write != never && self.others.look(entry.gpa) {
                 entry.write = never;
             }

@@ -125,6 +125,11 @@ impl Assembler {
         self.absolute(&[], 0x48, &[0x0b], reg, offset);
     }
 
+    /// `cmp reg, gs:[offset]`.
+    pub fn compare_with(&mut self, reg: u8, offset: usize) {
+        self.absolute(&[], 0x48, &[0x3b], reg, offset);
+    }
+
     /// `pext r11d, r11d, gs:[offset]`.
     pub fn gather_r11(&mut self, offset: usize) {
         self.bytes(&[0x65, 0xc4, 0x62, 0x22, 0xf5, 0x1c, 0x25]);
@@ -172,19 +177,35 @@ impl Assembler {
         }
     }
 
-    /// `mov reg, [base]` with R10 or R11 as base.
-    pub fn load_at(&mut self, reg: u8, base: u8) {
-        self.bytes(&[0x49 | (reg & 8) >> 1, 0x8b, (reg & 7) << 3 | base & 7]);
+    /// The ModRM byte and displacement of `[base + offset]` with R10 or R11 as base; `reg` is that of the ModRM byte.
+    pub fn based(&mut self, reg: u8, base: u8, offset: i32) {
+        let modrm = (reg & 7) << 3 | base & 7;
+        if offset == 0 {
+            self.code.push(modrm);
+        } else if let Ok(offset) = i8::try_from(offset) {
+            self.bytes(&[0x40 | modrm, offset as u8]);
+        } else {
+            self.code.push(0x80 | modrm);
+            self.dword(offset);
+        }
     }
 
-    /// `mov [base], reg` with R10 or R11 as base.
-    pub fn store_at(&mut self, base: u8, reg: u8) {
-        self.bytes(&[0x49 | (reg & 8) >> 1, 0x89, (reg & 7) << 3 | base & 7]);
+    /// `mov reg, [r10 + offset]`.
+    pub fn load_at(&mut self, reg: u8, offset: i32) {
+        self.bytes(&[0x49 | (reg & 8) >> 1, 0x8b]);
+        self.based(reg, R10, offset);
     }
 
-    /// `mov qword [base], value` with R10 or R11 as base.
-    pub fn store_constant_at(&mut self, base: u8, value: i32) {
-        self.bytes(&[0x49, 0xc7, base & 7]);
+    /// `mov [r10 + offset], reg`.
+    pub fn store_at(&mut self, offset: i32, reg: u8) {
+        self.bytes(&[0x49 | (reg & 8) >> 1, 0x89]);
+        self.based(reg, R10, offset);
+    }
+
+    /// `mov qword [r10 + offset], value`.
+    pub fn store_constant_at(&mut self, offset: i32, value: i32) {
+        self.bytes(&[0x49, 0xc7]);
+        self.based(0, R10, offset);
         self.dword(value);
     }
 

@@ -1,7 +1,8 @@
 //! Translated blocks: found by where they lie and in which mode they run, linked to each other, forgotten with their page.
 
 use super::cache::CodeCache;
-use super::emit::Mark;
+use super::emit::{Check, Mark};
+use super::help::Helped;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 
@@ -12,6 +13,8 @@ pub struct Key {
     pub rip: u64,
     /// Guest physical page, and in the low bits all else that the code depends on.
     pub page: u64,
+    /// It is to have no groups.
+    pub plain: bool,
 }
 
 impl Key {
@@ -21,6 +24,7 @@ impl Key {
         Self {
             rip,
             page: page | mode as u64 | u64::from(shift & 0x1f) << 2 | u64::from(blocked & 0x1f) << 7,
+            plain: false,
         }
     }
 
@@ -66,6 +70,8 @@ pub struct Branch {
     pub exit: u64,
     /// Address of its rel32.
     pub site: u64,
+    /// It leads to a block without groups.
+    pub plain: bool,
 }
 
 /// One translated block.
@@ -76,24 +82,61 @@ pub struct Block {
     pub start: u64,
     /// Address of the code behind that.
     pub entry: u64,
-    /// Version of its page when it was read.
-    pub version: u32,
+    /// What was read of it.
+    pub source: Source,
+    /// Instructions that its code names.
+    _helped: Box<[Helped]>,
     marks: Box<[Mark]>,
     branches: Box<[Branch]>,
+    checks: Box<[Check]>,
     /// Branches that lead here.
     incoming: Vec<Branch>,
 }
 
+/// The guest's code that a block was made from.
+#[derive(Clone, Copy, Debug)]
+pub struct Source {
+    /// Version of its page when it was read.
+    pub version: u32,
+    /// Guest physical page after that, where its last instruction ends, and its version.
+    pub next: Option<(u64, u32)>,
+}
+
+impl Source {
+    /// True if that code has not changed.
+    pub fn holds(&self, page: u64, version: impl Fn(u64) -> u32) -> bool {
+        self.version == version(page) && self.next.is_none_or(|(page, read)| read == version(page))
+    }
+}
+
+/// What the emitter made.
+pub struct Made<'a> {
+    /// Address of the code, which compares R10 with RIP first.
+    pub start: u64,
+    /// Address of the code behind that.
+    pub entry: u64,
+    /// Where instructions begin.
+    pub marks: &'a [Mark],
+    /// Direct branches.
+    pub branches: Box<[Branch]>,
+    /// Checks for several accesses.
+    pub checks: &'a [Check],
+    /// Instructions that the code names.
+    pub helped: Box<[Helped]>,
+}
+
 impl Block {
     /// A block that nothing leads to yet.
-    pub fn new(key: Key, start: u64, entry: u64, version: u32, marks: &[Mark], branches: Box<[Branch]>) -> Self {
+    pub fn new(key: Key, source: Source, made: Made) -> Self {
         Self {
             key,
-            start,
-            entry,
-            version,
-            marks: marks.into(),
-            branches,
+            start: made.start,
+            entry: made.entry,
+            source,
+            _helped: made.helped,
+            marks: made.marks.into(),
+            branches: made.branches,
+            checks: made.checks.into(),
             incoming: Vec::new(),
         }
     }
@@ -124,7 +167,10 @@ impl Blocks {
         debug_assert!(self.blocks.last().is_none_or(|last| last.start < block.start));
         let number = self.blocks.len() as u32;
         self.by_key.insert(block.key, number);
-        self.by_page.entry(block.key.page()).or_default().push(number);
+        let next = block.source.next.map(|(page, _)| page);
+        for page in [Some(block.key.page()), next].into_iter().flatten() {
+            self.by_page.entry(page).or_default().push(number);
+        }
         self.blocks.push(block);
         number
     }
@@ -144,12 +190,26 @@ impl Blocks {
         (block.key.rip.wrapping_add(mark.guest.into()), mark.saved)
     }
 
-    /// Lets the branch whose exit is at `exit` lead to a block.
-    pub fn link(&mut self, exit: u64, target: u32, cache: &mut CodeCache) {
+    /// The branch whose exit is at `exit`.
+    pub fn branch(&self, exit: u64) -> Branch {
         let branch = self.at(exit).branches.iter().find(|branch| branch.exit == exit);
-        let Some(&branch) = branch else {
-            return;
-        };
+        *branch.expect("exits are those of branches")
+    }
+
+    /// If the check at `address` is one for several accesses, lets it lead to a block without groups when it fails.
+    pub fn give_up(&self, address: u64, cache: &mut CodeCache) -> bool {
+        let block = self.at(address);
+        let start = (address - block.start) as u32;
+        let check = block.checks.iter().find(|check| check.start == start);
+        if let Some(check) = check {
+            let address = |offset: u32| block.start + u64::from(offset);
+            cache.patch(address(check.site), address(check.plain));
+        }
+        check.is_some()
+    }
+
+    /// Lets a branch lead to a block.
+    pub fn link(&mut self, branch: Branch, target: u32, cache: &mut CodeCache) {
         let target = &mut self.blocks[target as usize];
         cache.patch(branch.site, target.entry);
         target.incoming.push(branch);
@@ -159,11 +219,10 @@ impl Blocks {
     pub fn forget_stale(&mut self, version: impl Fn(u64) -> u32, cache: &mut CodeCache) -> bool {
         let (blocks, by_key) = (&mut self.blocks, &mut self.by_key);
         let mut any = false;
-        self.by_page.retain(|&page, numbers| {
-            let now = version(page);
+        self.by_page.retain(|_, numbers| {
             numbers.retain(|&number| {
                 let block = &mut blocks[number as usize];
-                if block.version == now {
+                if block.source.holds(block.key.page(), &version) {
                     return true;
                 }
                 any = true;

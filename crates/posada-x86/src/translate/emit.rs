@@ -10,9 +10,11 @@ mod system;
 
 use super::assembler::{Assembler, Hole, R10, R11, condition};
 use super::frame::{self, Table};
+use super::groups::{self, Group, Groups, Member};
+use super::help::Helped;
 use super::operation::{Kind, Memory, Operation, SCRATCH, System};
 use super::region::{End, Region};
-use super::stubs::{Leave, Stubs};
+use super::stubs::{Leave, Stubs, Wanted};
 use crate::shared::mailbox;
 
 const RAX: u8 = 0;
@@ -38,6 +40,19 @@ pub struct Link {
     pub exit: u32,
     /// Offset of its rel32.
     pub site: u32,
+    /// It leads to a block without groups.
+    pub plain: bool,
+}
+
+/// A check for several accesses.
+#[derive(Clone, Copy, Debug)]
+pub struct Check {
+    /// Offset of the check.
+    pub start: u32,
+    /// Offset of the rel32 of a jump that it leads to when it fails.
+    pub site: u32,
+    /// Offset of where that jump must lead when the check cannot succeed: to a block without groups.
+    pub plain: u32,
 }
 
 /// Code that runs seldom, put behind the block.
@@ -47,7 +62,16 @@ enum Cold {
         hole: Hole,
         retry: usize,
         tag: usize,
-        write: bool,
+        wanted: Wanted,
+    },
+    /// One for several accesses failed.
+    MissGroup {
+        hole: Hole,
+        retry: usize,
+        tag: usize,
+        wanted: Wanted,
+        rip: u64,
+        saved: bool,
     },
     /// To the interpreter, or out for events.
     Leave {
@@ -73,10 +97,20 @@ pub struct Emitter {
     pub marks: Vec<Mark>,
     /// Direct branches.
     pub links: Vec<Link>,
+    /// Checks for several accesses.
+    pub checks: Vec<Check>,
     /// Offset of the code behind the comparison of RIP.
     pub entry: usize,
     cold: Vec<Cold>,
+    groups: Groups,
+    /// The instruction's number in its block.
+    at: usize,
+    /// R10 is the host address of this group's range.
+    held: Option<u8>,
+    /// No groups.
+    plain: bool,
     stubs: Stubs,
+    mode: usize,
     table: Option<Table>,
     jumps: usize,
     jump_mask: u32,
@@ -88,6 +122,8 @@ pub struct Emitter {
     saved: bool,
     vectors: bool,
     exact: bool,
+    /// Address of the next [`Helped`] of the block.
+    helped: u64,
 }
 
 /// What a block is made for.
@@ -99,6 +135,19 @@ pub struct Place {
     pub mode: usize,
     /// log2 of the size of the page it lies in.
     pub shift: u8,
+    /// The page after that, if its last instruction ends there.
+    pub next: Option<NextPage>,
+    /// The block is to have no groups.
+    pub plain: bool,
+}
+
+/// A page of code as the soft TLB holds it.
+#[derive(Clone, Copy, Debug)]
+pub struct NextPage {
+    /// Linear address.
+    pub linear: u64,
+    /// [`Entry::gpa`](crate::tlb::Entry::gpa).
+    pub gpa: u64,
 }
 
 impl Emitter {
@@ -114,11 +163,20 @@ impl Emitter {
     }
 
     /// Makes the code of a region, to run at `address`.
-    pub fn emit(&mut self, region: &Region, place: Place, address: u64) {
+    pub fn emit(&mut self, region: &Region, place: Place, address: u64, helped: &[Helped]) {
         self.assembler.begin(address);
+        self.helped = helped.as_ptr() as u64;
         self.marks.clear();
         self.links.clear();
+        self.checks.clear();
         self.cold.clear();
+        (self.held, self.plain) = (None, place.plain);
+        if self.plain {
+            self.groups.clear(region.operations.len());
+        } else {
+            self.groups.find(&region.operations);
+        }
+        self.mode = place.mode;
         (self.table, self.jumps) = (Some(frame::table(place.mode)), frame::jumps(place.mode));
         (self.start, self.rip, self.shift) = (place.rip, place.rip, place.shift);
         (self.saved, self.vectors, self.exact) = (false, false, region.exact);
@@ -126,28 +184,28 @@ impl Emitter {
         self.entry = self.assembler.here();
         let poll = self.poll_at(region);
         for (at, &(rip, operation)) in region.operations.iter().enumerate() {
-            self.rip = rip;
+            (self.at, self.rip) = (at, rip);
             self.mark();
             if poll == Some(at) {
                 self.poll(region.live[at] != 0);
+            }
+            if at + 1 == region.operations.len()
+                && let Some(next) = place.next
+            {
+                self.expect_page(&next, region.live[at] != 0);
             }
             if operation.vector && !self.vectors {
                 self.want_vectors(region.live[at] != 0);
             }
             self.operation(&operation, region.live[at], region.live[at + 1]);
         }
-        if let End::Interpret(rip) | End::Next(rip) = region.end() {
+        if let End::Next(rip) = region.end() {
             let live = region.live[region.operations.len()] != 0;
             self.rip = rip;
             self.settle(live);
             self.mark();
-            match region.end() {
-                End::Next(_) => {
-                    let hole = self.assembler.jump();
-                    self.exit(hole, rip, live);
-                }
-                _ => self.leave(rip, Leave::Interpret),
-            }
+            let hole = self.assembler.jump();
+            self.exit(hole, rip, live);
         }
         self.finish();
     }
@@ -245,13 +303,19 @@ impl Emitter {
         let a = &mut self.assembler;
         a.load(R11, frame::EVENTS);
         a.test_at_r11(mailbox::WORK);
-        let hole = a.branch(condition::NE);
-        self.cold.push(Cold::Leave {
-            hole,
-            rip: self.rip,
-            reason: Leave::Poll,
-            saved: self.saved,
-        });
+        self.leave_if(condition::NE, Leave::Poll);
+    }
+
+    /// Goes on only if the soft TLB still has this page of code.
+    fn expect_page(&mut self, page: &NextPage, live: bool) {
+        self.save(live);
+        self.held = None;
+        let entry = frame::fetch_entry(self.mode, page.linear);
+        for (value, place) in [(page.linear, entry.read), (page.gpa, entry.gpa)] {
+            self.assembler.constant(R10, value);
+            self.assembler.compare_with(R10, place);
+            self.leave_if(condition::NE, Leave::Interpret);
+        }
     }
 
     fn want_vectors(&mut self, live: bool) {
@@ -264,6 +328,17 @@ impl Emitter {
         self.vectors = true;
     }
 
+    /// Leaves before this instruction if the condition holds.
+    fn leave_if(&mut self, condition: u8, reason: Leave) {
+        let hole = self.assembler.branch(condition);
+        self.cold.push(Cold::Leave {
+            hole,
+            rip: self.rip,
+            reason,
+            saved: self.saved,
+        });
+    }
+
     /// Leaves for `rip`, here.
     fn leave(&mut self, rip: u64, reason: Leave) {
         self.assembler.constant(R10, rip);
@@ -272,6 +347,7 @@ impl Emitter {
 
     /// The linear address of an operand into R10.
     fn address(&mut self, memory: &Memory) {
+        self.held = None;
         let a = &mut self.assembler;
         if memory.base.is_none() && memory.index.is_none() {
             a.constant(R10, memory.displacement);
@@ -293,6 +369,19 @@ impl Emitter {
 
     /// From the linear address in R10 to the host's, if the soft TLB knows it. The flags are lost.
     fn check(&mut self, size: u8, write: bool) {
+        let wanted = if write { Wanted::Write } else { Wanted::Read };
+        let (hole, retry, tag) = self.compare_tag(size.into(), write);
+        self.cold.push(Cold::Miss {
+            hole,
+            retry,
+            tag,
+            wanted,
+        });
+    }
+
+    /// The comparison of a check, its place and the tag; and R10 for the case that it succeeds.
+    fn compare_tag(&mut self, length: i32, write: bool) -> (Hole, usize, usize) {
+        self.held = None;
         let table = self.table.expect("set by emit");
         let tag = if write { table.write } else { table.read };
         let a = &mut self.assembler;
@@ -300,15 +389,52 @@ impl Emitter {
         a.page_bits();
         a.mask_r11(frame::INDEX_MASK);
         a.xor_tag(tag);
-        a.compare_r10(4096 - i32::from(size));
+        a.compare_r10(4096 - length);
         let hole = a.branch(condition::A);
         a.add_host(table.host);
-        self.cold.push(Cold::Miss {
-            hole,
-            retry,
-            tag,
-            write,
-        });
+        (hole, retry, tag)
+    }
+
+    /// Makes R10 the host address of a group's range; where in it the access is.
+    fn group(&mut self, member: Member) -> i32 {
+        if member.first {
+            let Group {
+                memory,
+                length,
+                writes_first,
+            } = self.groups.groups[usize::from(member.group)];
+            let wanted = match (memory.write, writes_first) {
+                (false, _) => Wanted::Read,
+                (true, true) => Wanted::Write,
+                (true, false) => Wanted::Writable,
+            };
+            self.address(&memory);
+            let (hole, retry, tag) = self.compare_tag(length, memory.write);
+            self.assembler.store(frame::range(member.group), R10);
+            self.cold.push(Cold::MissGroup {
+                hole,
+                retry,
+                tag,
+                wanted,
+                rip: self.rip,
+                saved: self.saved,
+            });
+        } else if self.held != Some(member.group) {
+            self.assembler.load(R10, frame::range(member.group));
+        }
+        self.held = Some(member.group);
+        member.offset
+    }
+
+    /// Makes R10 an address on the host, and returns how far from there is what an instruction pushes or pops.
+    fn stack_address(&mut self, kind: Kind) -> i32 {
+        if let Some(member) = self.groups.stack(self.at) {
+            return self.group(member);
+        }
+        let memory = groups::stack_memory(kind).expect("it uses the stack");
+        self.address(&memory);
+        self.check(memory.size, memory.write);
+        0
     }
 
     /// Host address of an operand into R10.
@@ -318,17 +444,30 @@ impl Emitter {
         self.locked(memory);
     }
 
+    /// True if the instruction's flags must be saved for a check.
+    fn checks(&self, kind: Kind) -> bool {
+        let none = matches!(
+            kind,
+            Kind::Copy
+                | Kind::Nothing
+                | Kind::Address { .. }
+                | Kind::Jump(_)
+                | Kind::JumpRegister(_)
+                | Kind::Branch(..)
+                | Kind::Count(..)
+                | Kind::System(_)
+        );
+        let checked = |member: Option<Member>| member.is_some_and(|member| !member.first);
+        let stack_only = !matches!(kind, Kind::Access(_) | Kind::PushMemory(_) | Kind::CallMemory(_));
+        let covered = checked(self.groups.operand(self.at)) || stack_only && checked(self.groups.stack(self.at));
+        !none && !covered
+    }
+
     fn locked(&mut self, memory: &Memory) {
         if memory.locked && memory.size > 1 {
             // What may cross a cache line is the interpreter's: the host may forbid it.
             self.assembler.test_r10(memory.size.next_power_of_two() - 1);
-            let hole = self.assembler.branch(condition::NE);
-            self.cold.push(Cold::Leave {
-                hole,
-                rip: self.rip,
-                reason: Leave::Interpret,
-                saved: self.saved,
-            });
+            self.leave_if(condition::NE, Leave::Interpret);
         }
     }
 
@@ -347,24 +486,8 @@ impl Emitter {
         a.bytes(&[0x4f, 0x8d, 0x14, 0xda]);
     }
 
-    fn push_address(&mut self) {
-        self.assembler.add(R10, RSP, -8);
-        self.check(8, true);
-    }
-
     fn operation(&mut self, operation: &Operation, before: u8, after: u8) {
-        let checks = !matches!(
-            operation.kind,
-            Kind::Copy
-                | Kind::Nothing
-                | Kind::Address { .. }
-                | Kind::Jump(_)
-                | Kind::JumpRegister(_)
-                | Kind::Branch(..)
-                | Kind::Count(..)
-                | Kind::System(_)
-        );
-        if checks {
+        if self.checks(operation.kind) {
             self.save(before != 0);
         }
         // What is kept of the flags must be in the processor when the rest changes.
@@ -378,11 +501,17 @@ impl Emitter {
                 self.with_scratch(operation);
             }
             Kind::Access(memory) => {
-                self.access(&memory);
+                let offset = match self.groups.operand(self.at) {
+                    Some(member) => self.group(member),
+                    None => {
+                        self.access(&memory);
+                        0
+                    }
+                };
                 if wants {
                     self.restore();
                 }
-                self.accessing(operation);
+                self.accessing(operation, offset);
             }
             Kind::BitString(register, memory) => {
                 self.address(&memory);
@@ -394,48 +523,47 @@ impl Emitter {
                 if wants {
                     self.restore();
                 }
-                self.accessing(operation);
+                self.accessing(operation, 0);
             }
             Kind::Address { register, size, memory } => self.compute(register, size, &memory),
             Kind::System(System::SetAccess(_)) => self.control(operation, before != 0),
             Kind::System(system) => self.system(system, before != 0),
-            Kind::Nothing | Kind::Interpret => {}
+            Kind::Nothing => {}
+            Kind::Interpret => self.help(before != 0, after != 0),
             Kind::Push(register) => {
-                self.push_address();
+                let offset = self.stack_address(operation.kind);
                 let from = self.value(register);
-                self.assembler.store_at(R10, from);
+                self.assembler.store_at(offset, from);
                 self.assembler.add(RSP, RSP, -8);
             }
             Kind::PushImmediate(value) => {
-                self.push_address();
-                self.assembler.store_constant_at(R10, value);
+                let offset = self.stack_address(operation.kind);
+                self.assembler.store_constant_at(offset, value);
                 self.assembler.add(RSP, RSP, -8);
             }
             Kind::PushMemory(memory) => {
                 self.load_operand(&memory);
-                self.push_address();
+                let offset = self.stack_address(operation.kind);
                 self.assembler.load(R11, frame::TEMPORARY);
-                self.assembler.store_at(R10, R11);
+                self.assembler.store_at(offset, R11);
                 self.assembler.add(RSP, RSP, -8);
             }
             Kind::Pop(register) => {
-                self.assembler.copy(R10, RSP);
-                self.check(8, false);
+                let offset = self.stack_address(operation.kind);
                 if SCRATCH.contains(&register) {
-                    self.assembler.load_at(R11, R10);
+                    self.assembler.load_at(R11, offset);
                     self.assembler.store(frame::reg(register), R11);
                 } else {
-                    self.assembler.load_at(register, R10);
+                    self.assembler.load_at(register, offset);
                 }
                 if register != RSP {
                     self.assembler.add(RSP, RSP, 8);
                 }
             }
             Kind::Leave => {
-                self.assembler.copy(R10, RBP);
-                self.check(8, false);
+                let offset = self.stack_address(operation.kind);
                 self.assembler.add(RSP, RBP, 8);
-                self.assembler.load_at(RBP, R10);
+                self.assembler.load_at(RBP, offset);
             }
             _ => self.control(operation, before != 0),
         }
@@ -444,6 +572,19 @@ impl Emitter {
             self.saved = false;
             self.mark();
         }
+    }
+
+    /// Lets the interpreter's handler execute the instruction. Vector registers are in the Core then, and so are the flags.
+    fn help(&mut self, before: bool, after: bool) {
+        self.save(before);
+        let a = &mut self.assembler;
+        let back = a.address_r11();
+        a.constant(R10, self.helped);
+        a.jump_to(self.stubs.help);
+        a.land(back);
+        self.helped += size_of::<Helped>() as u64;
+        (self.saved, self.vectors, self.held) = (after, false, None);
+        self.mark();
     }
 
     /// A register's value in a register: R11 for what the Core holds.
@@ -456,6 +597,9 @@ impl Emitter {
     }
 
     fn with_scratch(&mut self, operation: &Operation) {
+        if operation.scratch & 1 != 0 {
+            self.held = None;
+        }
         for (bit, register) in SCRATCH.into_iter().enumerate() {
             if operation.scratch >> bit & 1 != 0 {
                 self.assembler.load(register, frame::reg(register));
@@ -473,19 +617,20 @@ impl Emitter {
         }
     }
 
-    /// The guest's instruction with its operand at R10.
-    fn accessing(&mut self, operation: &Operation) {
+    /// The guest's instruction with its operand at `[R10 + offset]`.
+    fn accessing(&mut self, operation: &Operation, offset: i32) {
         let mut base = R10;
         match operation.scratch & 3 {
             1 => {
                 self.assembler.copy(R11, R10);
                 self.assembler.load(R10, frame::reg(R10));
+                self.held = None;
                 base = R11;
             }
             2 => self.assembler.load(R11, frame::reg(R11)),
             _ => {}
         }
-        redirect::redirect(&mut self.assembler, operation, base);
+        redirect::redirect(&mut self.assembler, operation, base, offset);
         self.store_scratch(operation);
     }
 
@@ -502,6 +647,21 @@ impl Emitter {
         }
     }
 
+    /// The exit of a branch, which may be led to its target later.
+    fn chain(&mut self, hole: Hole, target: u64, plain: bool) {
+        let a = &mut self.assembler;
+        a.land(hole);
+        let exit = a.here();
+        let own = a.address_r11();
+        a.fill(own, exit);
+        self.links.push(Link {
+            exit: exit as u32,
+            site: hole.0 as u32,
+            plain,
+        });
+        self.leave(target, Leave::Chain);
+    }
+
     fn finish(&mut self) {
         let mut cold = std::mem::take(&mut self.cold);
         for code in cold.drain(..) {
@@ -511,17 +671,39 @@ impl Emitter {
                     hole,
                     retry,
                     tag,
-                    write,
+                    wanted,
                 } => {
                     a.land(hole);
                     a.xor_tag(tag);
                     let back = a.address_r11();
                     a.fill(back, retry);
-                    a.jump_to(if write {
-                        self.stubs.miss_write
-                    } else {
-                        self.stubs.miss_read
+                    a.jump_to(self.stubs.miss[wanted as usize]);
+                }
+                Cold::MissGroup {
+                    hole,
+                    retry,
+                    tag,
+                    wanted,
+                    rip,
+                    saved,
+                } => {
+                    a.land(hole);
+                    let site = a.jump();
+                    a.land(site);
+                    a.xor_tag(tag);
+                    let back = a.address_r11();
+                    a.fill(back, retry);
+                    a.jump_to(self.stubs.miss[wanted as usize]);
+                    self.checks.push(Check {
+                        start: retry as u32,
+                        site: site.0 as u32,
+                        plain: a.here() as u32,
                     });
+                    if saved {
+                        self.load_flags();
+                    }
+                    let hole = self.assembler.jump();
+                    self.chain(hole, rip, true);
                 }
                 Cold::Leave {
                     hole,
@@ -535,17 +717,7 @@ impl Emitter {
                     }
                     self.leave(rip, reason);
                 }
-                Cold::Chain { hole, target } => {
-                    a.land(hole);
-                    let exit = a.here();
-                    let own = a.address_r11();
-                    a.fill(own, exit);
-                    self.links.push(Link {
-                        exit: exit as u32,
-                        site: hole.0 as u32,
-                    });
-                    self.leave(target, Leave::Chain);
-                }
+                Cold::Chain { hole, target } => self.chain(hole, target, false),
                 Cold::Far { hole, target, live } => {
                     a.land(hole);
                     self.publish(live);

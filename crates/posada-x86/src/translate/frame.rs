@@ -1,12 +1,14 @@
 //! What translated code finds at `gs:`: places in a [`Core`], and the few words that are the translator's own.
 
+use super::groups::GROUPS;
 use crate::core::{Core, Msrs, VectorState};
 use crate::lapic::Lapic;
-use crate::tlb::{ENTRIES, Entry, Mmu, SUPERVISOR, SUPERVISOR_AC, USER};
+use crate::tlb::{ENTRIES, Entry, FETCH_SUPERVISOR, FETCH_USER, Generation, Mmu, SUPERVISOR, SUPERVISOR_AC, USER};
 use std::mem::offset_of;
 
-/// Slots of a jump cache.
-pub const JUMPS: usize = 1 << 12;
+/// Slots of a jump cache. The kernel's hot code lies far apart: with a quarter of this, a tenth of its branches found the slot
+/// taken by another.
+pub const JUMPS: usize = 1 << 15;
 /// Jump caches: one for each data table that translated code uses, so that no mode runs another's code.
 pub const MODES: usize = 3;
 
@@ -23,9 +25,11 @@ pub struct Frame {
     pub site: u64,
     /// Holds what does not survive a check.
     pub temporary: u64,
+    /// Host addresses of ranges that were checked once for several accesses.
+    pub ranges: [u64; GROUPS],
     /// The mailbox' event word.
     pub events: u64,
-    /// The bits of RIP that number the slots of a jump cache.
+    /// The bits of RIP that number the slots of a jump cache, side by side.
     pub jump_mask: u32,
     /// Where arithmetic flags are in a rotated [`Core::arithmetic`], and in RFLAGS.
     pub flags_from: u32,
@@ -39,27 +43,38 @@ pub struct Frame {
     pub trap_rip: u64,
     /// RFLAGS of the trap.
     pub trap_flags: u64,
+    /// What the blocks and the ways to them were found under.
+    pub seen: Seen,
     /// Ways by RIP: addresses of code that compares R10 with its own RIP first.
     pub jumps: [[u64; JUMPS]; MODES],
 }
 
-impl Default for Frame {
-    fn default() -> Self {
-        Self {
-            host_rsp: 0,
-            core: 0,
-            target: 0,
-            site: 0,
-            temporary: 0,
-            events: 0,
-            jump_mask: 0,
-            flags_from: 0,
-            flags_to: 0,
-            vectors_live: 0,
-            host_mxcsr: 0x1f80,
-            trap_rip: 0,
-            trap_flags: 0,
-            jumps: [[0; JUMPS]; MODES],
+/// What may part the ways from block to block from what the guest would find.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// Mappings forgotten.
+    pub generation: Generation,
+    /// Changes of code.
+    pub changes: u64,
+    /// What code cannot do, at any privilege level.
+    pub settings: u8,
+}
+
+/// The slot of a jump cache for code at `rip`.
+pub fn slot(rip: u64, jump_mask: u32) -> usize {
+    ((rip as u32 & jump_mask) >> jump_mask.trailing_zeros()) as usize
+}
+
+impl Frame {
+    /// Makes one in place, as it is larger than a stack should hold.
+    ///
+    /// # Safety
+    /// `at` is memory for one.
+    pub(crate) unsafe fn make(at: *mut Self) {
+        // SAFETY: the caller's memory; all fields are integers, or made of them.
+        unsafe {
+            at.write_bytes(0, 1);
+            (*at).host_mxcsr = 0x1f80;
         }
     }
 }
@@ -102,6 +117,8 @@ pub const PACKED_FLAGS: u32 = 0x0100_00d5;
 pub const SYSTEM_FLAGS: usize = offset_of!(Core, system_flags);
 /// IA32_KERNEL_GS_BASE.
 pub const KERNEL_GS_BASE: usize = offset_of!(Core, msr) + offset_of!(Msrs, kernel_gs_base);
+/// IA32_TSC_AUX.
+pub const TSC_AUX: usize = offset_of!(Core, msr) + offset_of!(Msrs, tsc_aux);
 /// Guest TSC minus host TSC.
 pub const TSC_OFFSET: usize = offset_of!(Core, msr) + offset_of!(Msrs, tsc_offset);
 /// An interrupt waits for IF.
@@ -130,6 +147,11 @@ pub const fn segment_base(segment: u8) -> usize {
     offset_of!(Core, segments)
         + segment as usize * size_of::<posada_engine::Segment>()
         + offset_of!(posada_engine::Segment, base)
+}
+
+/// One of [`Frame::ranges`].
+pub const fn range(group: u8) -> usize {
+    offset_of!(Core, frame) + offset_of!(Frame, ranges) + group as usize * 8
 }
 
 /// A jump cache.
@@ -175,6 +197,26 @@ pub const fn table(mode: usize) -> Table {
         read: first + offset_of!(Entry, read),
         write: first + offset_of!(Entry, write),
         host: first + offset_of!(Entry, host),
+    }
+}
+
+/// Places in an entry of a table of code.
+#[derive(Clone, Copy, Debug)]
+pub struct FetchEntry {
+    /// Tag.
+    pub read: usize,
+    /// Guest physical page, and more.
+    pub gpa: usize,
+}
+
+/// Where the entry for a page of code is, for a mode's privilege level.
+pub const fn fetch_entry(mode: usize, linear: u64) -> FetchEntry {
+    let table = if mode == 0 { FETCH_USER } else { FETCH_SUPERVISOR };
+    let number = table * ENTRIES + (linear >> 12) as usize % ENTRIES;
+    let entry = offset_of!(Core, mmu) + offset_of!(Mmu, entries) + number * size_of::<Entry>();
+    FetchEntry {
+        read: entry + offset_of!(Entry, read),
+        gpa: entry + offset_of!(Entry, gpa),
     }
 }
 

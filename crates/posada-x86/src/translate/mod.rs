@@ -15,6 +15,8 @@ mod blocks;
 mod cache;
 mod emit;
 pub mod frame;
+pub mod groups;
+mod help;
 mod operation;
 mod region;
 mod run;
@@ -25,3 +27,4 @@ mod tests;
 mod trap;
 
 pub use run::{Ran, Translator};
+pub(crate) use stubs::Wanted;

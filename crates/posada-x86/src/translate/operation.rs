@@ -110,8 +110,8 @@ pub enum System {
     Swapgs,
     /// PUSHFQ.
     PushFlags,
-    /// RDTSC.
-    ReadTsc,
+    /// RDTSC, or RDTSCP.
+    ReadTsc(bool),
     /// STAC or CLAC.
     SetAccess(bool),
 }
@@ -137,6 +137,10 @@ pub struct Operation {
     pub length: u8,
     /// Registers beside those of addresses: bit 0 and 1 name R10 and R11, bit 2 and 3 say that it is written.
     pub scratch: u8,
+    /// General registers that it writes, as a set; for copied instructions and their like.
+    pub writes: u16,
+    /// It only adds this constant to the register that it writes.
+    pub adds: Option<(u8, i32)>,
     /// It reads or writes vector registers or MXCSR.
     pub vector: bool,
     /// Arithmetic flags that it reads.
@@ -149,6 +153,24 @@ pub struct Operation {
     pub tells: bool,
     /// The host's processor may raise an exception of its own.
     pub traps: bool,
+}
+
+impl Operation {
+    /// One of which nothing is known.
+    pub const UNKNOWN: Self = Self {
+        kind: Kind::Interpret,
+        bytes: [0; MAX_LENGTH],
+        length: 0,
+        scratch: 0,
+        writes: u16::MAX,
+        adds: None,
+        vector: false,
+        reads: flags::ALL,
+        replaces: flags::NONE,
+        changes: flags::ALL,
+        tells: false,
+        traps: true,
+    };
 }
 
 /// A decoder with its tables.
@@ -186,20 +208,23 @@ impl Reader {
             return None;
         }
         let mut operation = Operation {
-            kind: Kind::Interpret,
-            bytes: [0; MAX_LENGTH],
             length: i.len() as u8,
-            scratch: 0,
-            vector: false,
-            reads: flags::ALL,
-            replaces: flags::NONE,
-            changes: flags::ALL,
-            tells: false,
-            traps: false,
+            ..Operation::UNKNOWN
         };
         operation.bytes[..i.len()].copy_from_slice(&bytes[..i.len()]);
         if usual_prefixes(&operation.bytes) {
             operation.kind = self.kind(&mut operation, blocked).unwrap_or(Kind::Interpret);
+        }
+        if operation.kind == Kind::Interpret {
+            let i = &self.instruction;
+            let set = |bits: u32| (bits & u32::from(flags::ALL)) as u8;
+            operation = Operation {
+                reads: set(i.rflags_read()),
+                changes: set(i.rflags_modified()),
+                bytes: operation.bytes,
+                length: operation.length,
+                ..Operation::UNKNOWN
+            };
         }
         Some(operation)
     }
@@ -302,12 +327,13 @@ impl Reader {
             M::Stac => System::SetAccess(true),
             M::Clac => System::SetAccess(false),
             M::Pushfq => System::PushFlags,
-            M::Rdtsc => System::ReadTsc,
+            M::Rdtsc => System::ReadTsc(false),
+            M::Rdtscp => System::ReadTsc(true),
             _ => return None,
         };
         let needed = match system {
             System::PushFlags => 0,
-            System::ReadTsc => limits::TSC,
+            System::ReadTsc(_) => limits::TSC,
             _ => limits::USER,
         };
         (blocked & needed == 0).then_some(system)
@@ -355,12 +381,17 @@ impl Reader {
         let address_only = i.mnemonic() == Mnemonic::Lea;
         let info = self.factory.info_options(&i, InstructionInfoOptions::NONE);
         let addresses = [i.memory_base(), i.memory_index()];
+        operation.writes = 0;
+        operation.adds = added(&i);
         for used in info.used_registers() {
             let register = used.register();
             if !register.is_gpr() {
                 continue;
             }
             let which = number(register);
+            if !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None) {
+                operation.writes |= 1 << which;
+            }
             if which != 10 && which != 11 {
                 continue;
             }
@@ -459,6 +490,28 @@ impl Reader {
             locked: i.has_lock_prefix() || i.mnemonic() == Mnemonic::Xchg,
         })
     }
+}
+
+/// What an instruction adds to the one register that it writes, if that is all it does to registers.
+fn added(i: &Instruction) -> Option<(u8, i32)> {
+    let register = i.op0_register();
+    if i.op0_kind() != OpKind::Register || !register.is_gpr64() {
+        return None;
+    }
+    let value = match i.mnemonic() {
+        Mnemonic::Add | Mnemonic::Sub if is_immediate(i.op1_kind()) => i.immediate(1) as i64,
+        Mnemonic::Lea if i.memory_base() == register && i.memory_index() == Register::None => {
+            i.memory_displacement64() as i64
+        }
+        _ => return None,
+    };
+    let value = i32::try_from(value).ok()?;
+    let value = if i.mnemonic() == Mnemonic::Sub {
+        value.checked_neg()?
+    } else {
+        value
+    };
+    Some((number(register), value))
 }
 
 fn is_immediate(kind: OpKind) -> bool {

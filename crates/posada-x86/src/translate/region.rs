@@ -4,7 +4,10 @@
 //! Flags at returns, calls and indirect jumps are taken for dead, as compilers have it, unless the last instruction that
 //! changed them does nothing else and nobody has read them: then they are a function's result.
 
-use super::operation::{Kind, Operation, Reader, System, flags};
+use super::help::Helped;
+use super::operation::{Kind, MAX_LENGTH, Operation, Reader, System, flags};
+use crate::core::Core;
+use crate::decode::{self, Decoded};
 
 /// Instructions of a block at most.
 const LONGEST: usize = 64;
@@ -16,8 +19,6 @@ const AHEAD: usize = 12;
 pub enum End {
     /// By its last instruction.
     Branch,
-    /// With an instruction at this RIP that is the interpreter's.
-    Interpret(u64),
     /// With whatever is at this RIP.
     Next(u64),
 }
@@ -28,8 +29,21 @@ pub struct Page<'a> {
     pub bytes: &'a [u8],
     /// Linear address of the first.
     pub linear: u64,
+    /// What follows it.
+    pub next: Option<Next>,
     /// [`crate::core::Core::fpu_blocked`] and [`super::operation::limits`].
     pub blocked: u8,
+}
+
+/// The start of a page.
+#[derive(Clone, Copy)]
+pub struct Next {
+    /// Its guest physical address.
+    pub gpa: u64,
+    /// Its host address.
+    pub host: *const u8,
+    /// What was there.
+    pub bytes: [u8; MAX_LENGTH],
 }
 
 impl Page<'_> {
@@ -40,8 +54,7 @@ impl Page<'_> {
 
     fn read(&self, reader: &mut Reader, rip: u64) -> Option<Operation> {
         let bytes = self.from(rip)?;
-        let bytes = &bytes[..bytes.len().min(super::operation::MAX_LENGTH)];
-        reader.read(bytes, rip, self.blocked)
+        reader.read(&bytes[..bytes.len().min(MAX_LENGTH)], rip, self.blocked)
     }
 }
 
@@ -52,8 +65,14 @@ pub struct Region {
     pub operations: Vec<(u64, Operation)>,
     /// Arithmetic flags wanted before each, and after the last.
     pub live: Vec<u8>,
+    /// Those among them that the interpreter's handlers execute.
+    pub helped: Vec<Helped>,
     /// Flags are taken for wanted wherever that is not known.
     pub exact: bool,
+    /// The last instruction ends in the next page.
+    pub crosses: bool,
+    /// The instruction after the last ends in the next page, which was not given.
+    pub incomplete: bool,
     end: Option<End>,
 }
 
@@ -71,37 +90,68 @@ impl Region {
             .sum()
     }
 
-    /// Reads a block. It is empty if its first instruction is the interpreter's.
-    pub fn read(&mut self, reader: &mut Reader, page: &Page, start: u64) {
+    /// Reads a block. It is empty if its first instruction ends in the next page, and that was not given.
+    pub fn read(&mut self, core: &mut Core, reader: &mut Reader, page: &Page, start: u64) {
         self.operations.clear();
+        self.helped.clear();
+        (self.crosses, self.incomplete) = (false, false);
         let mut rip = start;
         self.end = Some(loop {
-            if self.operations.len() == LONGEST {
+            let whole = self.operations.len() == LONGEST || self.crosses;
+            let Some(bytes) = page.from(rip).filter(|_| !whole) else {
                 break End::Next(rip);
-            }
-            if rip.wrapping_sub(page.linear) >= page.bytes.len() as u64 {
-                break End::Next(rip);
-            }
-            let Some(operation) = page.read(reader, rip) else {
-                // It crosses the page's end, or is none.
-                break End::Interpret(rip);
             };
-            if operation.kind == Kind::Interpret {
-                break End::Interpret(rip);
+            let mut both = [0; 2 * MAX_LENGTH];
+            let here = bytes.len().min(MAX_LENGTH);
+            both[..here].copy_from_slice(&bytes[..here]);
+            let mut reach = here;
+            if let Some(next) = page.next.filter(|_| here < MAX_LENGTH) {
+                both[here..here + MAX_LENGTH].copy_from_slice(&next.bytes);
+                reach = MAX_LENGTH;
             }
+            let Some((operation, ends)) = self.one(core, reader, page, &both[..reach], rip) else {
+                self.incomplete = true;
+                break End::Next(rip);
+            };
+            self.crosses = usize::from(operation.length) > here;
             self.operations.push((rip, operation));
             rip = rip.wrapping_add(operation.length.into());
-            if leaves(operation.kind) {
+            if ends {
                 break End::Branch;
             }
         });
         self.find_live(reader, page);
     }
 
+    /// One instruction, and whether it ends the block; `None` if there are too few bytes.
+    fn one(
+        &mut self,
+        core: &mut Core,
+        reader: &mut Reader,
+        page: &Page,
+        bytes: &[u8],
+        rip: u64,
+    ) -> Option<(Operation, bool)> {
+        let operation = reader.read(bytes, rip, page.blocked);
+        if let Some(operation) = operation.filter(|operation| operation.kind != Kind::Interpret) {
+            return Some((operation, leaves(operation.kind)));
+        }
+        let Decoded { insn, ends_block } = decode::decode(core, bytes).ok()?;
+        let mut operation = operation
+            .filter(|operation| !ends_block && operation.length == insn.length)
+            .unwrap_or(Operation::UNKNOWN);
+        operation.length = insn.length;
+        self.helped.push(Helped {
+            insn,
+            next: rip.wrapping_add(insn.length.into()),
+            ends: ends_block,
+        });
+        Some((operation, ends_block))
+    }
+
     fn find_live(&mut self, reader: &mut Reader, page: &Page) {
         let mut live = match self.end() {
             End::Branch => flags::NONE,
-            End::Interpret(_) => flags::ALL,
             End::Next(rip) => self.ahead(reader, page, rip, AHEAD),
         };
         self.live.clear();

@@ -1,15 +1,15 @@
 //! Running translated blocks, and finding, making and forgetting them on the way.
 
-use super::blocks::{Block, Blocks, Branch, Key};
+use super::blocks::{Block, Blocks, Branch, Key, Made, Source};
 use super::cache::CodeCache;
-use super::emit::{Emitter, Place};
+use super::emit::{Emitter, NextPage, Place};
 use super::frame::{self, JUMPS, MODES};
-use super::operation::{Reader, limits};
-use super::region::{Page, Region};
-use super::stubs::{self, Enter, Leave, Stubs};
+use super::operation::{MAX_LENGTH, Reader, limits};
+use super::region::{Next, Page, Region};
+use super::stubs::{self, Enter, Leave, Stubs, Wanted};
 use super::trap;
 use crate::core::Core;
-use crate::tlb::Generation;
+use crate::filled::Filled;
 use std::io;
 
 /// A block is translated when it is wanted for the so-manieth time.
@@ -31,6 +31,14 @@ pub enum Ran {
     Interpret,
 }
 
+/// Where a filled slot of a jump cache leads.
+#[derive(Clone, Copy, Default)]
+struct Jump {
+    block: u32,
+    /// The block's page is mapped globally.
+    global: bool,
+}
+
 /// One vCPU's translator.
 pub struct Translator {
     cache: CodeCache,
@@ -43,13 +51,10 @@ pub struct Translator {
     emitter: Emitter,
     counters: Box<[u8]>,
     threshold: u8,
-    /// Filled slots of the jump caches, and whether their pages are global.
-    filled: Vec<(u8, u16, bool)>,
-    /// The blocks that filled slots lead to.
-    jump_blocks: Box<[[u32; JUMPS]; MODES]>,
-    generation: Generation,
-    settings: u8,
-    changes: u64,
+    /// Filled slots of the jump caches, one cache after another.
+    filled: Filled,
+    /// What filled slots lead to.
+    jumps: [Box<[Jump]>; MODES],
     /// How often the cache was full.
     flushes: u64,
     jump_mask: u32,
@@ -64,7 +69,7 @@ impl Translator {
         trap::install()?;
         let mut cache = CodeCache::new()?;
         let bmi2 = std::arch::is_x86_feature_detected!("bmi2");
-        let jump_mask = if bmi2 { JUMPS as u32 - 1 } else { 0xff };
+        let jump_mask = if bmi2 { (JUMPS as u32 - 1) << 2 } else { 0xff };
         let mut emitter = Emitter::new(Stubs::default(), bmi2, jump_mask);
         emitter.assembler.begin(cache.next());
         let stubs = stubs::make(&mut emitter.assembler, miss);
@@ -79,11 +84,8 @@ impl Translator {
             emitter: Emitter::new(stubs, bmi2, jump_mask),
             counters: vec![0; COUNTERS].into(),
             threshold: THRESHOLD,
-            filled: Vec::new(),
-            jump_blocks: Box::new([[0; JUMPS]; MODES]),
-            generation: Generation::default(),
-            settings: 0,
-            changes: 0,
+            filled: Filled::new(MODES * JUMPS),
+            jumps: std::array::from_fn(|_| vec![Jump::default(); JUMPS].into()),
             flushes: 0,
             jump_mask,
         })
@@ -97,7 +99,8 @@ impl Translator {
         core.frame.flags_from = frame::PACKED_FLAGS;
         core.frame.flags_to = crate::core::flag::ARITHMETIC as u32;
         if core.frame.jumps[0][0] == 0 {
-            core.frame.jumps = [[self.unknown(); JUMPS]; MODES];
+            let unknown = self.unknown();
+            core.frame.jumps.iter_mut().for_each(|jumps| jumps.fill(unknown));
         }
         trap::set_gs(core);
     }
@@ -121,39 +124,50 @@ impl Translator {
 
     /// Runs translated code from RIP on until it does not go on.
     pub fn run(&mut self, core: &mut Core) -> Ran {
-        let runs = core.bits64() && matches!(core.cpl, 0 | 3);
-        let Some(mode) = frame::mode(core.mmu.active).filter(|_| runs) else {
+        if core.translated_mode().is_none() {
             return Ran::Nothing;
-        };
+        }
         self.synchronize(core);
-        let Some(mut block) = self.find(core, mode) else {
+        let Some(mut block) = self.find(core) else {
             return Ran::Nothing;
         };
         loop {
-            match self.enter(core, block) {
+            let left = self.enter(core, block);
+            match left {
                 Leave::Chain => {
-                    let (exit, flushes) = (core.frame.site, self.flushes);
-                    let Some(next) = self.find(core, mode) else {
+                    let (branch, flushes) = (self.blocks.branch(core.frame.site), self.flushes);
+                    let next = if branch.plain {
+                        self.find_plain(core)
+                    } else {
+                        self.find(core)
+                    };
+                    let Some(next) = next else {
                         return Ran::Some;
                     };
                     // The exit is gone if the cache was full.
                     if flushes == self.flushes {
-                        self.blocks.link(exit, next, &mut self.cache);
+                        self.blocks.link(branch, next, &mut self.cache);
                     }
                     block = next;
                 }
                 Leave::Unknown => {
-                    let Some(next) = self.find(core, mode) else {
+                    let Some(next) = self.find(core) else {
                         return Ran::Some;
                     };
                     block = next;
                 }
-                Leave::Poll => return Ran::Some,
+                Leave::Poll | Leave::Helped => return Ran::Some,
                 Leave::Interpret => return Ran::Interpret,
                 Leave::Refused => {
                     let (rip, _) = self.blocks.instruction(core.frame.site);
                     core.set_rip(rip);
-                    return Ran::Interpret;
+                    if !self.blocks.give_up(core.frame.site, &mut self.cache) {
+                        return Ran::Interpret;
+                    }
+                    let Some(next) = self.find_plain(core) else {
+                        return Ran::Interpret;
+                    };
+                    block = next;
                 }
                 Leave::Trap => {
                     let (rip, saved) = self.blocks.instruction(core.frame.trap_rip);
@@ -178,77 +192,99 @@ impl Translator {
 
     /// Takes notice of changed code and mappings.
     fn synchronize(&mut self, core: &mut Core) {
-        let (code, generation) = (core.ram.code(), core.mmu.generation());
-        let changes = code.changes();
-        let mut all = generation.all != self.generation.all || core.settings() != self.settings;
-        if changes != self.changes {
-            self.changes = changes;
+        let (now, code) = (core.seen(), core.ram.code());
+        let before = std::mem::replace(&mut core.frame.seen, now);
+        if now == before {
+            return;
+        }
+        let mut all = now.generation.all != before.generation.all || now.settings != before.settings;
+        if now.changes != before.changes {
             all |= self
                 .blocks
                 .forget_stale(|page| code.page(page).version(), &mut self.cache);
         }
-        if all || generation.context != self.generation.context {
-            (self.generation, self.settings) = (generation, core.settings());
+        if all || now.generation.context != before.generation.context {
             self.forget_jumps(core, !all);
         }
     }
 
     fn forget_jumps(&mut self, core: &mut Core, keep_global: bool) {
         let unknown = self.unknown();
-        self.filled.retain(|&(mode, slot, global)| {
-            if keep_global && global {
-                return true;
+        let jumps = &self.jumps;
+        let forget = |number: usize| {
+            let (mode, slot) = (number / JUMPS, number % JUMPS);
+            if !keep_global || !jumps[mode][slot].global {
+                core.frame.jumps[mode][slot] = unknown;
             }
-            core.frame.jumps[usize::from(mode)][usize::from(slot)] = unknown;
-            false
-        });
+        };
+        if keep_global {
+            self.filled.drain_context(forget);
+        } else {
+            self.filled.drain(forget);
+        }
     }
 
     fn fill_jump(&mut self, core: &mut Core, mode: usize, number: u32) {
         let block = self.blocks.get(number);
-        let slot = (block.key.rip as u32 & self.jump_mask) as usize;
-        core.frame.jumps[mode][slot] = block.start;
-        self.jump_blocks[mode][slot] = number;
+        let slot = frame::slot(block.key.rip, self.jump_mask);
         let global = core.fetched_globally(block.key.rip);
-        self.filled.push((mode as u8, slot as u16, global));
+        core.frame.jumps[mode][slot] = block.start;
+        self.jumps[mode][slot] = Jump { block: number, global };
+        self.filled.add(mode * JUMPS + slot, global);
     }
 
     /// The block at RIP, if it is translated or worth it.
-    fn find(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
+    fn find(&mut self, core: &mut Core) -> Option<u32> {
+        let mode = core.translated_mode()?;
         let rip = core.rip();
-        let slot = (rip as u32 & self.jump_mask) as usize;
+        let slot = frame::slot(rip, self.jump_mask);
         if core.frame.jumps[mode][slot] != self.unknown() {
-            let number = self.jump_blocks[mode][slot];
+            let number = self.jumps[mode][slot].block;
             if self.blocks.get(number).key.rip == rip {
                 return Some(number);
             }
         }
-        let number = self.look_up(core, mode)?;
+        let number = self.look_up(core, mode, false)?;
         self.fill_jump(core, mode, number);
         Some(number)
     }
 
-    fn look_up(&mut self, core: &mut Core, mode: usize) -> Option<u32> {
+    /// The block without groups at RIP.
+    fn find_plain(&mut self, core: &mut Core) -> Option<u32> {
+        let mode = core.translated_mode()?;
+        self.look_up(core, mode, true)
+    }
+
+    fn look_up(&mut self, core: &mut Core, mode: usize, plain: bool) -> Option<u32> {
         let rip = core.rip();
         // The interpreter will raise what this raises.
         let (page, host) = core.fetch_page(rip).ok()?;
         let shift = core.fetched_shift(rip);
-        let key = Key::new(rip, page, mode, shift, core.limits());
+        let mut key = Key::new(rip, page, mode, shift, core.limits());
+        key.plain = plain;
         if let Some(number) = self.blocks.find(&key)
-            && self.blocks.get(number).version == core.ram.code().page(page).version()
+            && let code = core.ram.code()
+            && (self.blocks.get(number).source).holds(page, |page| code.page(page).version())
         {
             return Some(number);
         }
         let counter = &mut self.counters[key.mixed() as usize >> 50];
         *counter = counter.saturating_add(1);
-        if *counter < self.threshold {
+        if *counter < self.threshold && !plain {
             return None;
         }
-        Some(self.translate(core, key, Place { rip, mode, shift }, host))
+        let place = Place {
+            rip,
+            mode,
+            shift,
+            next: None,
+            plain,
+        };
+        self.translate(core, key, place, host)
     }
 
     #[cold]
-    fn translate(&mut self, core: &mut Core, key: Key, place: Place, host: *const u8) -> u32 {
+    fn translate(&mut self, core: &mut Core, key: Key, mut place: Place, host: *const u8) -> Option<u32> {
         if self.cache.room() < LARGEST {
             self.forget_jumps(core, false);
             self.blocks.clear();
@@ -260,24 +296,48 @@ impl Translator {
         let offset = place.rip % PAGE;
         loop {
             let mut bytes = [0; PAGE as usize];
-            read_page(host, &mut bytes);
-            let page = Page {
+            read_host(host, &mut bytes);
+            let mut page = Page {
                 bytes: &bytes,
                 linear: place.rip - offset,
+                next: None,
                 blocked: core.limits(),
             };
-            self.region.read(&mut self.reader, &page, place.rip);
+            self.region.read(core, &mut self.reader, &page, place.rip);
+            if self.region.incomplete {
+                page.next = core.code_after(page.linear, &mut place);
+                self.region.read(core, &mut self.reader, &page, place.rip);
+            }
+            if self.region.operations.is_empty() {
+                return None;
+            }
+            if !self.region.crosses {
+                (page.next, place.next) = (None, None);
+            }
             // The code map's protocol: mark, read the version, read the bytes, look at the mark.
-            let length = self.region.length().max(1);
-            let version = core.mark_code(key.page() + offset, length);
+            let length = self.region.length();
+            let here = length.min(PAGE - offset);
+            let version = core.mark_code(key.page() + offset, here);
             let mut again = [0; PAGE as usize];
-            read_page(host, &mut again);
-            let range = offset as usize..(offset + length) as usize;
-            if bytes[range.clone()] != again[range] || !record.marked(offset, length) {
+            read_host(host, &mut again);
+            let range = offset as usize..(offset + here) as usize;
+            if bytes[range.clone()] != again[range] || !record.marked(offset, here) {
                 continue;
             }
+            let mut source = Source { version, next: None };
+            if let Some(next) = page.next {
+                let (gpa, length) = (next.gpa, length - here);
+                let record = ram.code().page(gpa);
+                source.next = Some((gpa, core.mark_code(gpa, length)));
+                let mut again = [0; MAX_LENGTH];
+                read_host(next.host, &mut again);
+                if next.bytes[..length as usize] != again[..length as usize] || !record.marked(0, length) {
+                    continue;
+                }
+            }
             let start = self.cache.next();
-            self.emitter.emit(&self.region, place, start);
+            let helped = Box::from(self.region.helped.as_slice());
+            self.emitter.emit(&self.region, place, start, &helped);
             let emitter = &self.emitter;
             let branches = emitter
                 .links
@@ -285,12 +345,20 @@ impl Translator {
                 .map(|link| Branch {
                     exit: start + u64::from(link.exit),
                     site: start + u64::from(link.site),
+                    plain: link.plain,
                 })
                 .collect();
-            let entry = start + emitter.entry as u64;
-            let block = Block::new(key, start, entry, version, &emitter.marks, branches);
+            let made = Made {
+                start,
+                entry: start + emitter.entry as u64,
+                marks: &emitter.marks,
+                branches,
+                checks: &emitter.checks,
+                helped,
+            };
+            let block = Block::new(key, source, made);
             self.cache.append(&emitter.assembler.code);
-            return self.blocks.add(block);
+            return Some(self.blocks.add(block));
         }
     }
 }
@@ -314,7 +382,7 @@ impl Core {
     }
 
     /// What [`Core::limits`] follows from, at any privilege level.
-    fn settings(&self) -> u8 {
+    pub(super) fn settings(&self) -> u8 {
         // Both counters run alike.
         let plain = self.rate.guest(1 << 60) == 1 << 60;
         let forbidden = self.cr[4] & 1 << 2 != 0;
@@ -345,6 +413,19 @@ impl Core {
         any
     }
 
+    /// The start of the code page after the one at `linear`, if there is one.
+    fn code_after(&mut self, linear: u64, place: &mut Place) -> Option<Next> {
+        let linear = linear.wrapping_add(PAGE);
+        let (gpa, host) = self.fetch_page(linear).ok()?;
+        place.next = Some(NextPage {
+            linear,
+            gpa: self.fetched_gpa(linear),
+        });
+        let mut bytes = [0; MAX_LENGTH];
+        read_host(host, &mut bytes);
+        Some(Next { gpa, host, bytes })
+    }
+
     /// Runs translated code from RIP on, and nothing else.
     pub fn run_translated(&mut self) -> Ran {
         let Some(mut translator) = self.translator.take() else {
@@ -356,14 +437,15 @@ impl Core {
     }
 }
 
-/// Copies a page of guest code. Other vCPUs may write meanwhile; who uses it checks after.
-fn read_page(host: *const u8, bytes: &mut [u8; PAGE as usize]) {
+/// Copies guest code from the start of a page. Other vCPUs may write meanwhile; who uses it checks after.
+fn read_host<const N: usize>(host: *const u8, bytes: &mut [u8; N]) {
+    const { assert!(N <= PAGE as usize) };
     // SAFETY: `host` is a page of guest RAM.
     unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
 }
 
 /// A check failed: fills the soft TLB. False if the interpreter must do the access: it faults, crosses a page, is not RAM, or
 /// would write to code.
-extern "sysv64" fn miss(core: &mut Core, linear: u64, write: u32) -> bool {
-    core.fill_for_translated(linear, write != 0)
+extern "sysv64" fn miss(core: &mut Core, linear: u64, wanted: Wanted) -> bool {
+    core.fill_for_translated(linear, wanted)
 }

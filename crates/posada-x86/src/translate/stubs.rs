@@ -4,6 +4,7 @@
 
 use super::assembler::{Assembler, R10, R11, condition};
 use super::frame;
+use super::help::help;
 use crate::core::Core;
 
 const RAX: u8 = 0;
@@ -28,6 +29,8 @@ pub enum Leave {
     Refused,
     /// The host's processor raised an exception.
     Trap,
+    /// A handler of the interpreter's did something that asks for a look at everything.
+    Helped,
 }
 
 impl Leave {
@@ -39,7 +42,8 @@ impl Leave {
             2 => Self::Interpret,
             3 => Self::Poll,
             4 => Self::Refused,
-            _ => Self::Trap,
+            5 => Self::Trap,
+            _ => Self::Helped,
         }
     }
 }
@@ -52,22 +56,34 @@ pub type Enter = unsafe extern "sysv64" fn(*mut Core, u64, u64) -> u32;
 pub struct Stubs {
     /// [`Enter`].
     pub enter: u64,
-    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. Not for the last two.
+    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. For the first four only.
     pub leave: [u64; 4],
     /// The way out of code that R10 does not lead to: as for [`Leave::Unknown`], but flags are in the Core.
     pub mistaken: u64,
     /// An exception on the host: all registers are the guest's.
     pub trap: u64,
-    /// A check failed for a load: R10 is the linear address, R11 where to try again, with R10 as it was.
-    pub miss_read: u64,
-    /// The same for a store.
-    pub miss_write: u64,
+    /// A check failed, by [`Wanted`]: R10 is the linear address, R11 where to try again, with R10 as it was.
+    pub miss: [u64; 3],
+    /// Calls [`super::help::help`]: R10 names the instruction, R11 is where to go on; flags are in the Core.
+    pub help: u64,
     /// Loads vector registers; back to R11. Flags are lost.
     pub load_vectors: u64,
 }
 
+/// What a check looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Wanted {
+    /// The page may be read.
+    Read,
+    /// It is about to be written.
+    Write,
+    /// It is about to be read, and might be written without anything being noted.
+    Writable,
+}
+
 /// What a failed check calls: true if it would succeed now.
-pub type Miss = extern "sysv64" fn(&mut Core, u64, u32) -> bool;
+pub type Miss = extern "sysv64" fn(&mut Core, u64, Wanted) -> bool;
 
 fn guest_registers() -> impl Iterator<Item = u8> {
     (0..16).filter(|&number| number != R10 && number != R11)
@@ -182,7 +198,7 @@ impl Maker<'_> {
         self.back();
     }
 
-    fn miss(&mut self, write: bool, helper: u64) {
+    fn miss(&mut self, wanted: Wanted, helper: u64) {
         self.save_registers();
         self.a.store(frame::SITE, R11);
         self.a.store(frame::TARGET, R10);
@@ -190,7 +206,7 @@ impl Maker<'_> {
         self.save_vectors();
         self.a.load(RDI, frame::CORE);
         self.a.copy(RSI, R10);
-        self.a.constant(RDX, write.into());
+        self.a.constant(RDX, wanted as u64);
         self.a.constant(RAX, helper);
         // call rax; test al, al
         self.a.bytes(&[0xff, 0xd0, 0x84, 0xc0]);
@@ -206,10 +222,32 @@ impl Maker<'_> {
         self.a.constant(RAX, Leave::Refused as u64);
         self.back();
     }
+
+    fn help(&mut self) {
+        self.save_registers();
+        self.a.store(frame::SITE, R11);
+        self.a.load(RSP, frame::HOST_RSP);
+        self.save_vectors();
+        self.a.store_byte(frame::VECTORS_LIVE, 0);
+        self.a.load(RDI, frame::CORE);
+        self.a.copy(RSI, R10);
+        self.a.constant(RAX, help as *const () as u64);
+        // call rax; test al, al
+        self.a.bytes(&[0xff, 0xd0, 0x84, 0xc0]);
+        let over = self.a.branch(condition::E);
+        self.a.load_ax(frame::ARITHMETIC);
+        self.a.flags_from_ax();
+        self.load_registers();
+        self.a.load(R10, frame::RIP);
+        self.a.jump_through(frame::TARGET);
+        self.a.land(over);
+        self.a.constant(RAX, Leave::Helped as u64);
+        self.back();
+    }
 }
 
 /// Makes the stubs at the assembler's start.
-pub fn make(a: &mut Assembler, helper: Miss) -> Stubs {
+pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
     let mut maker = Maker {
         a,
         avx: std::arch::is_x86_feature_detected!("avx"),
@@ -230,16 +268,14 @@ pub fn make(a: &mut Assembler, helper: Miss) -> Stubs {
     maker.align();
     stubs.mistaken = maker.address();
     maker.leave(Leave::Unknown, false);
-    for write in [false, true] {
+    for wanted in [Wanted::Read, Wanted::Write, Wanted::Writable] {
         maker.align();
-        let place = if write {
-            &mut stubs.miss_write
-        } else {
-            &mut stubs.miss_read
-        };
-        *place = maker.a.start + maker.a.here() as u64;
-        maker.miss(write, helper as usize as u64);
+        stubs.miss[wanted as usize] = maker.address();
+        maker.miss(wanted, miss as *const () as u64);
     }
+    maker.align();
+    stubs.help = maker.address();
+    maker.help();
     maker.align();
     stubs.load_vectors = maker.address();
     maker.load_vectors();

@@ -45,6 +45,7 @@ fn classify(code: Code) -> Treatment {
                 | F::CX8
                 | F::CMOV
                 | F::TSC
+                | F::RDTSCP
                 | F::SMAP
                 | F::MULTIBYTENOP
                 | F::CET_IBT
@@ -72,7 +73,7 @@ fn classify(code: Code) -> Treatment {
         | M::Prefetch
         | M::Reservednop => return Treatment::Nothing,
         M::Cli | M::Sti | M::Swapgs | M::Stac | M::Clac => return Treatment::System,
-        M::Pushfq | M::Rdtsc if shown(CpuidFeature::BMI2) => return Treatment::System,
+        M::Pushfq | M::Rdtsc | M::Rdtscp if shown(CpuidFeature::BMI2) => return Treatment::System,
         M::Push | M::Pop | M::Leave => return Treatment::Stack,
         M::Jmp | M::Call | M::Ret | M::Loop | M::Loope | M::Loopne | M::Jrcxz => return Treatment::Control,
         _ if code.is_jcc_short_or_near() => return Treatment::Control,

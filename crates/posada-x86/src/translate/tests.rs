@@ -210,7 +210,12 @@ fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
     let mut bytes = [0; 0x4000];
     bytes.iter_mut().for_each(|byte| *byte = random.0.bits() as u8);
     bytes[..0x1000].fill(HLT);
-    bytes[..code.len()].copy_from_slice(code);
+    let mut start = 0;
+    if random.chance(25) {
+        start = 0x1000 - random.below(code.len() as u64 + 1);
+    }
+    // Some of it may lie where the data begin.
+    bytes[start as usize..][..code.len()].copy_from_slice(code);
     for (at, part) in bytes.chunks(64).enumerate() {
         core.physical_write(RAM + at as u64 * 64, part);
     }
@@ -236,18 +241,18 @@ fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
     (core.halted, core.shut_down, core.interrupt_shadow) = (false, false, false);
     core.cr[2] = 0;
     core.mmu.flush();
-    core.set_rip(0);
+    core.set_rip(start);
     core.update_mode();
 }
 
 fn finish(core: &mut Core) {
     for _ in 0..20_000 {
         core.activate_translator();
-        while !core.halted && core.run_translated() == Ran::Some {}
-        core.interpret_one();
+        while !core.halted && !core.shut_down && core.run_translated() == Ran::Some {}
         if core.halted || core.shut_down {
             return;
         }
+        core.interpret_one();
     }
     panic!("no end: rip {:x}", core.rip());
 }
@@ -323,6 +328,57 @@ fn flags_survive_a_jump_cache_slot_that_leads_elsewhere() {
     core.set_rip(0);
     finish(&mut core);
     assert_eq!((core.regs[gpr::RAX], core.rip()), (1, 0x1006));
+}
+
+#[test]
+fn an_instruction_across_two_pages_follows_its_second_page() {
+    let mut core = machine();
+    // 0ffdh: mov eax, 11111111h, with two bytes of it in the next page; hlt.
+    core.physical_write(RAM + 0xffd, &[0xb8, 0x11, 0x11]);
+    core.physical_write(RAM + 0x1000, &[0x11, 0x11, HLT]);
+    core.physical_write(0xa000, &[0x22, 0x22, HLT]);
+    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    let run = |core: &mut Core| {
+        (core.halted, core.regs[0]) = (false, 0);
+        core.set_rip(0xffd);
+        finish(core);
+        core.regs[0]
+    };
+    assert_eq!((run(&mut core), run(&mut core)), (0x1111_1111, 0x1111_1111));
+    core.physical_write(RAM + 0x1001, &[0x33]);
+    assert_eq!(run(&mut core), 0x3311_1111);
+    // The second page becomes another one.
+    core.physical_write(0x4008, &0xa007_u64.to_le_bytes());
+    core.mmu.flush_page(0x1000);
+    assert_eq!(run(&mut core), 0x2222_1111);
+}
+
+#[test]
+fn code_after_a_system_call_has_the_rights_of_its_own_mode() {
+    let mut core = machine();
+    // 5000h is the supervisor's.
+    core.physical_write(0x4028, &0xc003_u64.to_le_bytes());
+    // 0: syscall; test ebx, ebx; jz 40h; jmp 0. 40h: mov rax, [5000h].
+    core.physical_write(RAM, &[0x0f, 0x05, 0x85, 0xdb, 0x74, 0x3a, 0xeb, 0xf8]);
+    core.physical_write(RAM + 0x40, &[0x48, 0x8b, 0x04, 0x25, 0x00, 0x50, 0x00, 0x00, HLT]);
+    // 100h, the kernel's: dec ebx; jz 1000h; sysretq. 1000h: mov rax, [5000h]; sysretq.
+    core.physical_write(
+        RAM + 0x100,
+        &[0xff, 0xcb, 0x0f, 0x84, 0xf8, 0x0e, 0, 0, 0x48, 0x0f, 0x07],
+    );
+    let load = [0x48, 0x8b, 0x04, 0x25, 0x00, 0x50, 0x00, 0x00];
+    core.physical_write(RAM + 0x1000, &load);
+    core.physical_write(RAM + 0x1008, &[0x48, 0x0f, 0x07]);
+    core.mmu.flush();
+    core.msr.efer |= 1;
+    (core.msr.lstar, core.msr.star) = (0x100, 0x0018_0008 << 32);
+    core.segments[seg::SS].access = 0xf3;
+    core.update_mode();
+    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.set_rip(0);
+    core.regs[gpr::RBX] = 3;
+    finish(&mut core);
+    assert_eq!((core.shut_down, core.cr[2]), (true, 0x5000));
 }
 
 #[test]

@@ -14,7 +14,7 @@ impl Emitter {
 
     /// To known code that may be mapped anew, through its slot of a jump cache.
     pub(super) fn jump_far(&mut self, target: u64, jumps: usize) {
-        let slot = (target as u32 & self.jump_mask) as usize;
+        let slot = frame::slot(target, self.jump_mask);
         self.assembler.constant(R10, target);
         self.assembler.jump_through(jumps + slot * 8);
     }
@@ -40,8 +40,8 @@ impl Emitter {
                 self.exit(hole, target, live);
             }
             Kind::Call(target) => {
-                self.push_address();
-                self.push_next(next);
+                let offset = self.stack_address(operation.kind);
+                self.push_next(offset, next);
                 self.settle(live);
                 let hole = self.assembler.jump();
                 self.exit(hole, target, live);
@@ -51,15 +51,16 @@ impl Emitter {
                 self.assembler.copy(R10, from);
                 self.canonical(live);
                 self.assembler.store(frame::TEMPORARY, R10);
-                self.push_address();
-                self.push_next(next);
+                self.held = None;
+                let offset = self.stack_address(operation.kind);
+                self.push_next(offset, next);
                 self.jump_temporary(live);
             }
             Kind::CallMemory(memory) => {
                 self.load_operand(&memory);
                 self.canonical(live);
-                self.push_address();
-                self.push_next(next);
+                let offset = self.stack_address(operation.kind);
+                self.push_next(offset, next);
                 self.jump_temporary(live);
             }
             Kind::JumpRegister(register) => {
@@ -71,16 +72,15 @@ impl Emitter {
             }
             Kind::JumpMemory(memory) => {
                 self.access(&memory);
-                self.assembler.load_at(R10, R10);
+                self.assembler.load_at(R10, 0);
                 self.canonical(live);
                 self.settle(live);
                 self.jump_r10(live);
             }
             Kind::System(System::SetAccess(on)) => self.set_access(on, next, live),
             Kind::Return(drop) => {
-                self.assembler.copy(R10, RSP);
-                self.check(8, false);
-                self.assembler.load_at(R10, R10);
+                let offset = self.stack_address(operation.kind);
+                self.assembler.load_at(R10, offset);
                 self.canonical(live);
                 self.assembler.add(RSP, RSP, 8 + i32::from(drop));
                 self.settle(live);
@@ -93,17 +93,17 @@ impl Emitter {
     /// Eight bytes of memory into the frame.
     pub(super) fn load_operand(&mut self, memory: &Memory) {
         self.access(memory);
-        self.assembler.load_at(R10, R10);
+        self.assembler.load_at(R10, 0);
         self.assembler.store(frame::TEMPORARY, R10);
     }
 
-    /// Stores a return address at R10 and moves RSP.
-    pub(super) fn push_next(&mut self, next: u64) {
+    /// Stores a return address at `[R10 + offset]` and moves RSP.
+    pub(super) fn push_next(&mut self, offset: i32, next: u64) {
         match i32::try_from(next as i64) {
-            Ok(next) => self.assembler.store_constant_at(R10, next),
+            Ok(next) => self.assembler.store_constant_at(offset, next),
             Err(_) => {
                 self.assembler.constant(R11, next);
-                self.assembler.store_at(R10, R11);
+                self.assembler.store_at(offset, R11);
             }
         }
         self.assembler.add(RSP, RSP, -8);
@@ -124,13 +124,7 @@ impl Emitter {
             // shl r11, 16; sar r11, 16
             a.bytes(&[0x49, 0xc1, 0xe3, 16, 0x49, 0xc1, 0xfb, 16]);
             a.compare_scratch();
-            let hole = a.branch(condition::NE);
-            self.cold.push(Cold::Leave {
-                hole,
-                rip: self.rip,
-                reason: Leave::Interpret,
-                saved: self.saved,
-            });
+            self.leave_if(condition::NE, Leave::Interpret);
         }
     }
 
@@ -143,7 +137,7 @@ impl Emitter {
 
     /// The way on to `target` from a jump: straight, if source and target are mapped together.
     pub(super) fn exit(&mut self, hole: Hole, target: u64, live: bool) {
-        if target == self.start {
+        if target == self.start && !self.plain {
             self.assembler.fill(hole, self.entry);
         } else if (target ^ self.start) >> self.shift == 0 {
             self.cold.push(Cold::Chain { hole, target });

@@ -3,8 +3,8 @@
 use crate::translate::assembler::Assembler;
 use crate::translate::operation::Operation;
 
-/// The guest's instruction with `[base]` for its memory operand: R10 or R11.
-pub(super) fn redirect(a: &mut Assembler, operation: &Operation, base: u8) {
+/// The guest's instruction with `[base + offset]` for its memory operand; the base is R10 or R11.
+pub(super) fn redirect(a: &mut Assembler, operation: &Operation, base: u8, offset: i32) {
     let bytes = &operation.bytes[..usize::from(operation.length)];
     let mut at = 0;
     while matches!(bytes[at], 0x26 | 0x2e | 0x36 | 0x3e | 0x64..=0x67 | 0xf0 | 0xf2 | 0xf3) {
@@ -42,7 +42,7 @@ pub(super) fn redirect(a: &mut Assembler, operation: &Operation, base: u8) {
         }
     }
     let modrm = bytes[at];
-    a.bytes(&[modrm & 0x38 | base & 7]);
+    a.based(modrm >> 3 & 7, base, offset);
     at += 1;
     let mut low = modrm & 7;
     if low == 4 {

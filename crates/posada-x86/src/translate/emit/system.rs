@@ -1,11 +1,12 @@
 //! Instructions of the kernel that are too frequent to leave translated code for. All but RDTSC and PUSHF run at privilege
 //! level 0 only.
 
-use super::{Cold, Emitter, Leave, R10, R11, RSP, condition, frame};
+use super::{Emitter, Leave, R10, R11, RSP, condition, frame};
 use crate::core::flag;
-use crate::translate::operation::System;
+use crate::translate::operation::{Kind, System};
 
 const RAX: u8 = 0;
+const RCX: u8 = 1;
 const RDX: u8 = 2;
 
 impl Emitter {
@@ -18,17 +19,25 @@ impl Emitter {
             }
             System::Sti => self.sti(live),
             System::Swapgs => {
+                self.held = None;
                 let a = &mut self.assembler;
                 a.load(R10, frame::segment_base(5));
                 a.load(R11, frame::KERNEL_GS_BASE);
                 a.store(frame::KERNEL_GS_BASE, R10);
                 a.store(frame::segment_base(5), R11);
             }
-            System::PushFlags => self.push_flags(),
-            System::ReadTsc => {
+            System::PushFlags => self.push_flags(system),
+            System::ReadTsc(with_processor) => {
                 let a = &mut self.assembler;
-                // rdtsc; rorx rdx, rdx, 32; lea rax, [rax + rdx]
-                a.bytes(&[0x0f, 0x31, 0xc4, 0xe3, 0xfb, 0xf0, 0xd2, 32, 0x48, 0x8d, 0x04, 0x10]);
+                if with_processor {
+                    // rdtscp: waits for earlier loads.
+                    a.bytes(&[0x0f, 0x01, 0xf9]);
+                    a.load(RCX, frame::TSC_AUX);
+                } else {
+                    a.bytes(&[0x0f, 0x31]);
+                }
+                // rorx rdx, rdx, 32; lea rax, [rax + rdx]
+                a.bytes(&[0xc4, 0xe3, 0xfb, 0xf0, 0xd2, 32, 0x48, 0x8d, 0x04, 0x10]);
                 a.load(R11, frame::TSC_OFFSET);
                 // lea rax, [rax + r11]; rorx rdx, rax, 32; mov edx, edx; mov eax, eax
                 a.bytes(&[
@@ -47,21 +56,16 @@ impl Emitter {
         a.test_dword(frame::SYSTEM_FLAGS, flag::IF as u32);
         let done = a.branch(condition::NE);
         a.compare_byte_zero(frame::INTERRUPT_DUE);
-        let hole = a.branch(condition::NE);
-        self.cold.push(Cold::Leave {
-            hole,
-            rip: self.rip,
-            reason: Leave::Interpret,
-            saved: self.saved,
-        });
+        self.leave_if(condition::NE, Leave::Interpret);
+        let a = &mut self.assembler;
         a.or_dword(frame::SYSTEM_FLAGS, flag::IF as u32);
         a.land(done);
     }
 
     /// PUSHFQ. The flags are in the Core, saved before.
-    fn push_flags(&mut self) {
+    fn push_flags(&mut self, system: System) {
         self.save(true);
-        self.push_address();
+        let offset = self.stack_address(Kind::System(system));
         let a = &mut self.assembler;
         a.load_word(R11, frame::ARITHMETIC);
         // rorx r11d, r11d, 8: the flags of AH in their places, OF in bit 24.
@@ -69,7 +73,7 @@ impl Emitter {
         a.gather_r11(frame::FLAGS_FROM);
         a.scatter_r11(frame::FLAGS_TO);
         a.or_from(R11, frame::SYSTEM_FLAGS);
-        a.store_at(R10, R11);
+        a.store_at(offset, R11);
         a.add(RSP, RSP, -8);
     }
 
