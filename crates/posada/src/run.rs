@@ -1,20 +1,23 @@
 //! `posada run`: one VM in this process.
 
-use crate::accel::{self, Accelerator, Chosen};
+use crate::accel::{self, Accelerator, Chosen, Kind};
 use crate::{signals, size, summary};
 use clap::{Args, ValueEnum};
 use posada_engine::cpu::{Baseline, CpuModel};
+use posada_engine::{Engine, Error};
+use posada_memory::GuestRam;
 use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
 use posada_vmm::snapshot::Snapshot;
-use posada_vmm::vm::{self, Config, DiskConfig};
+use posada_vmm::vm::{self, Config, DiskConfig, Report};
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Exit code when a vCPU has shut down. Even, so that no debug exit can give it.
@@ -166,8 +169,8 @@ fn disk(text: &OsStr) -> DiskConfig {
 /// Memory of a VM whose user does not say.
 const MEMORY: u64 = 1 << 30;
 
-/// What to run, and on what.
-fn prepare(arguments: &Arguments) -> anyhow::Result<(Config, Chosen)> {
+/// What to run, and on what: the engine that `choose` gives, if it is not unfit for a snapshot.
+fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen>) -> anyhow::Result<(Config, Chosen)> {
     let default_cmdline = if arguments.virtio_console {
         "console=ttyS0 console=hvc0"
     } else {
@@ -177,7 +180,7 @@ fn prepare(arguments: &Arguments) -> anyhow::Result<(Config, Chosen)> {
     if let Some(snapshot) = &snapshot {
         agree(arguments, snapshot)?;
     }
-    let mut chosen = accel::choose(arguments.accel)?;
+    let mut chosen = choose()?;
     let model = match &snapshot {
         Some(snapshot) => {
             chosen = fitting(chosen, arguments.accel, snapshot)?;
@@ -252,26 +255,54 @@ fn fitting(chosen: Chosen, wanted: Accelerator, snapshot: &Snapshot) -> anyhow::
     Err(snapshot.unfit(format!("its VM needs {why}")).into())
 }
 
+/// Makes an engine of a kind: [`Kind::make`].
+type Make<'a> = &'a dyn Fn(Kind, Arc<GuestRam>, &CpuModel) -> Result<Arc<dyn Engine>, Error>;
+
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let (config, chosen) = prepare(arguments)?;
+    let prepared = prepare(arguments, || accel::choose(arguments.accel))?;
     let control = Control::new();
     signals::end_on_signals(control.clone())?;
     let begin = Instant::now();
-    // Bad input has been told by the time that an engine is made: the notice does not stand before an error.
-    let notice = Cell::new(chosen.notice);
-    let make_engine = |ram, model: &CpuModel| {
-        if let Some(notice) = notice.take() {
-            eprintln!("posada: {notice}");
-        }
-        chosen.kind.make(ram, model)
-    };
-    let report = vm::run(&config, &make_engine, &control)?;
+    let report = run_vm(arguments, prepared, &Kind::make, &control)?;
     let (code, reason) = explain(&report.ending);
     if let Some(path) = &arguments.summary {
         summary::write(path, &report, reason, begin.elapsed())?;
     }
     Ok(ExitCode::from(code))
+}
+
+/// Runs the VM; on the software CPU, if `auto` has chosen KVM and that refuses to make its first life.
+fn run_vm(
+    arguments: &Arguments,
+    (config, chosen): (Config, Chosen),
+    make: Make<'_>,
+    control: &Arc<Control>,
+) -> anyhow::Result<Report> {
+    let (notice, first, refused) = (Cell::new(chosen.notice), Cell::new(true), Cell::new(None));
+    let make_engine = |ram, model: &CpuModel| {
+        // Bad input has been told by now: the notice does not stand before an error.
+        if let Some(notice) = notice.take() {
+            eprintln!("posada: {notice}");
+        }
+        let made = make(chosen.kind, ram, model);
+        if first.replace(false)
+            && let Err(Error::Host(why)) = &made
+        {
+            refused.set(Some(why.clone()));
+        }
+        made
+    };
+    let report = vm::run(&config, &make_engine, control);
+    let replaceable = arguments.accel == Accelerator::Auto && chosen.kind == Kind::Kvm;
+    let Some(why) = refused.take().filter(|_| replaceable) else {
+        return Ok(report?);
+    };
+    match prepare(arguments, || Ok(accel::without_kvm(why))) {
+        Ok(prepared) => run_vm(arguments, prepared, make, control),
+        // A snapshot that only KVM can go on with.
+        Err(_) => Ok(report?),
+    }
 }
 
 /// Exit code, and the reason in a word; tells the user what needs telling.
@@ -305,6 +336,87 @@ fn explain(ending: &Ending) -> (u8, &'static str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A multiboot kernel that writes 7 to the debug-exit port.
+    const KERNEL: [u32; 12] = {
+        const FLAGS: u32 = 1 << 16;
+        const LOAD: u32 = 0x10_0000;
+        const CODE: u32 = LOAD + 32;
+        [
+            0x1bad_b002,
+            FLAGS,
+            0u32.wrapping_sub(0x1bad_b002 + FLAGS),
+            LOAD,
+            LOAD,
+            0,
+            0,
+            CODE,
+            // mov al, 7; out 0xf4, al; hlt
+            0xf4e6_07b0,
+            0xf4,
+            0,
+            0,
+        ]
+    };
+
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        arguments: Arguments,
+    }
+
+    /// Runs [`KERNEL`] where `auto` has chosen KVM, which then is gone; gives the kinds that were asked.
+    fn run_without_kvm(accel: &str) -> (anyhow::Result<Report>, Vec<Kind>) {
+        use clap::Parser;
+        let folder = std::env::temp_dir().join(format!("posada-run-{}-{accel}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        let (kernel, socket) = (folder.join("kernel"), folder.join("control"));
+        std::fs::write(&kernel, KERNEL.map(u32::to_le_bytes).concat()).unwrap();
+        let mut words: Vec<std::ffi::OsString> = vec!["run".into(), "--kernel".into(), kernel.into()];
+        words.extend([
+            "--control".into(),
+            socket.clone().into(),
+            "--accel".into(),
+            accel.into(),
+        ]);
+        words.extend(["--memory", "8M", "--console", "none", "--debug-exit"].map(Into::into));
+        let arguments = Line::parse_from(words).arguments;
+        let chosen = Chosen {
+            kind: Kind::Kvm,
+            // A model that the software CPU cannot be.
+            offer: posada_engine::cpu::Offer {
+                features: posada_engine::cpu::Features::new(|_| true),
+                ..posada_x86::Emulator::offer()
+            },
+            reason: "the test says so".into(),
+            decision: None,
+            notice: None,
+        };
+        let asked = std::cell::RefCell::new(Vec::new());
+        let make = |kind: Kind, ram, model: &CpuModel| {
+            asked.borrow_mut().push(kind);
+            assert!(socket.exists(), "the second attempt has a socket too");
+            match kind {
+                Kind::Kvm => Err(Error::Host("the device is gone".into())),
+                _ => kind.make(ram, model),
+            }
+        };
+        let prepared = prepare(&arguments, || Ok(chosen)).unwrap();
+        let report = run_vm(&arguments, prepared, &make, &Control::new());
+        std::fs::remove_dir_all(&folder).unwrap();
+        (report, asked.into_inner())
+    }
+
+    #[test]
+    fn when_kvm_vanishes_after_the_choice_auto_goes_on_with_the_software_cpu() {
+        let (report, asked) = run_without_kvm("auto");
+        assert_eq!(report.unwrap().ending, Ending::DebugExit(15));
+        assert_eq!(asked, [Kind::Kvm, Kind::Emulator]);
+        let (report, asked) = run_without_kvm("kvm");
+        let error = report.unwrap_err().to_string();
+        assert!(error.contains("the device is gone"), "{error}");
+        assert_eq!(asked, [Kind::Kvm]);
+    }
 
     #[test]
     fn a_disk_is_read_only_when_it_says_so() {

@@ -136,6 +136,27 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
     Ok(chosen)
 }
 
+/// What runs a VM for which `auto` has chosen KVM, when KVM then refuses to make it: a device can vanish at any time, or be
+/// taken by another hypervisor.
+pub fn without_kvm(why: String) -> Chosen {
+    let chosen = software_cpu(why);
+    tracing::warn!(engine = %chosen.kind, reason = chosen.reason, "engine chosen anew");
+    chosen
+}
+
+/// The software CPU, where KVM cannot be used.
+fn software_cpu(why: String) -> Chosen {
+    Chosen {
+        kind: Kind::Emulator,
+        offer: posada_x86::Emulator::offer(),
+        notice: Some(format!(
+            "the software CPU runs this VM, since KVM cannot be used: {why}"
+        )),
+        reason: format!("KVM cannot be used: {why}"),
+        decision: None,
+    }
+}
+
 /// What `auto` chooses on this host; with `anew` by a new run of the probe program.
 pub fn auto(anew: bool) -> Chosen {
     let probe = || {
@@ -150,17 +171,7 @@ pub fn auto(anew: bool) -> Chosen {
 fn choose_by(kvm: Result<Offer, String>, cache: &Cache, anew: bool, probe: impl FnOnce() -> Decision) -> Chosen {
     let kvm = match kvm {
         Ok(offer) => offer,
-        Err(why) => {
-            return Chosen {
-                kind: Kind::Emulator,
-                offer: posada_x86::Emulator::offer(),
-                notice: Some(format!(
-                    "the software CPU runs this VM, since KVM cannot be used: {why}"
-                )),
-                reason: format!("KVM cannot be used: {why}"),
-                decision: None,
-            };
-        }
+        Err(why) => return software_cpu(why),
     };
     let key = Key::of_host();
     let known = if anew { None } else { cache.load(&key) };
