@@ -89,6 +89,7 @@ fn config(kernel: PathBuf, control: Option<PathBuf>) -> Config {
         debug_exit: true,
         no_reboot: true,
         control,
+        paused: false,
         restore: None,
     }
 }

@@ -402,6 +402,60 @@ fn a_vm_pauses_and_resumes() {
     assert_eq!(mode & 0o777, 0o600);
 }
 
+/// Waits until the VM at the socket is in this condition.
+fn reaches(folder: &Folder, condition: &str) {
+    let wanted = format!("state    {condition}\n");
+    loop {
+        let status = HERE.command(&["status", &path(folder, "socket")]);
+        if status.output.starts_with(&wanted) {
+            return;
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+#[test]
+fn a_vm_that_begins_paused_runs_when_it_is_told_to() {
+    let folder = Folder::new();
+    let socket = path(&folder, "socket");
+    let told = |vm: &mut Process| {
+        reaches(&folder, "paused");
+        HERE.command(&["resume", &socket]).expect_code(0);
+        reaches(&folder, "running");
+        vm.signal(libc::SIGTERM);
+    };
+    let mut vm = HERE.run(spin(&folder).arg("--start").arg("paused"));
+    reaches(&folder, "paused");
+    HERE.save(&folder, "snap", &["--stop"]);
+    let ended = vm.end();
+    ended.expect_code(0);
+    assert_eq!(ended.output, "", "it has not run");
+    assert!(
+        ended
+            .errors
+            .contains(&format!("paused; posada resume {socket} lets it run")),
+        "{}",
+        ended.errors
+    );
+
+    // The snapshot is of its first instruction, and of a paused VM.
+    let again = || restore(&folder, "snap");
+    refused(&folder, &again(), &["paused", "--control", "--start running"]);
+    refused(
+        &folder,
+        &again().arg("--start").arg("paused"),
+        &["--start paused", "--control"],
+    );
+    vm = HERE.run(controlled(&folder, again()));
+    told(&mut vm);
+    let ended = vm.end();
+    ended.expect_code(128 + libc::SIGTERM);
+    assert!(ended.errors.contains("posada resume"), "{}", ended.errors);
+    vm = HERE.run(again().arg("--start").arg("running"));
+    vm.expect("spinning").signal(libc::SIGTERM);
+    vm.end().expect_code(128 + libc::SIGTERM);
+}
+
 // ---- bad input
 
 #[track_caller]

@@ -81,6 +81,8 @@ struct State {
     closed: bool,
     /// The debugger has stopped the VM.
     paused: bool,
+    /// The user has: it stays so through resets.
+    frozen: bool,
     /// Others who want it to stand still.
     holds: usize,
     /// vCPUs inside the engine.
@@ -218,7 +220,7 @@ impl Control {
                 .as_ref()
                 .and_then(|debugger| debugger.only)
                 .is_some_and(|only| only != cpu);
-            if !state.paused && state.holds == 0 && !held {
+            if !state.paused && !state.frozen && state.holds == 0 && !held {
                 break;
             }
             state = self
@@ -278,6 +280,24 @@ impl Control {
         drop(self.stand_still(state));
     }
 
+    /// Stops all vCPUs for the user, until [`Control::thaw`] and whatever a debugger does, and waits until they stand still.
+    pub(crate) fn freeze(&self) {
+        let mut state = self.lock();
+        state.frozen = true;
+        drop(self.stand_still(state));
+    }
+
+    /// Lets the VM run on that the user has stopped.
+    pub(crate) fn thaw(&self) {
+        self.lock().frozen = false;
+        self.changed.notify_all();
+    }
+
+    /// True if the user has stopped the VM.
+    pub(crate) fn frozen(&self) -> bool {
+        self.lock().frozen
+    }
+
     fn stand_still<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
         state.kick();
         while state.inside > 0 {
@@ -319,7 +339,7 @@ impl Control {
             _ if state.stop.is_some() || state.closed => Condition::Ending,
             Some(_) if state.ending.is_none() => match (&state.debugger, state.holds) {
                 (Some(_), _) if state.paused => Condition::Debugged,
-                (_, 0) => Condition::Running,
+                (_, 0) if !state.frozen => Condition::Running,
                 _ => Condition::Paused,
             },
             _ => Condition::Starting,

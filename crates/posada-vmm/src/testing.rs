@@ -75,6 +75,7 @@ pub fn config(dir: &TempDir) -> Config {
         debug_exit: true,
         no_reboot: false,
         control: None,
+        paused: false,
         restore: None,
     }
 }

@@ -58,6 +58,8 @@ pub struct Config {
     pub no_reboot: bool,
     /// The socket at which commands reach the VM.
     pub control: Option<PathBuf>,
+    /// Begin paused, until a command at that socket lets the VM run.
+    pub paused: bool,
     /// Go on from this snapshot instead of a boot: [`crate::snapshot::Snapshot::into_config`].
     pub restore: Option<Arc<Restore>>,
 }
@@ -156,6 +158,9 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
         .map(|listener| Server::start(listener, control.clone(), subject.clone()))
         .transpose()?;
 
+    if config.paused {
+        control.freeze();
+    }
     let mut report = Report {
         ending: Ending::Reset,
         instructions: 0,

@@ -2,6 +2,7 @@
 
 use crate::accel::{self, Accelerator, Chosen, Kind};
 use crate::{signals, size, summary};
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use posada_engine::cpu::{Baseline, CpuModel};
 use posada_engine::{Engine, Error};
@@ -95,6 +96,10 @@ pub struct Arguments {
     #[arg(long, value_name = "DIR")]
     restore: Option<PathBuf>,
 
+    /// Whether the VM runs at once or stays paused until posada resume [default: running; as it was saved, with --restore]
+    #[arg(long, value_enum, value_name = "HOW")]
+    start: Option<Start>,
+
     /// Let gdb attach here: PORT, HOST:PORT or a socket's path (with a slash)
     #[arg(long, value_name = "ADDRESS")]
     gdb: Option<Address>,
@@ -114,6 +119,14 @@ pub struct Arguments {
     /// At the end write what the run has cost to this file, as JSON
     #[arg(long, value_name = "PATH")]
     summary: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Start {
+    /// It runs at once
+    Running,
+    /// Its CPUs stand still until posada resume
+    Paused,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -180,6 +193,7 @@ fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen
     if let Some(snapshot) = &snapshot {
         agree(arguments, snapshot)?;
     }
+    let paused = paused(arguments, snapshot.as_ref())?;
     let mut chosen = choose()?;
     let model = match &snapshot {
         Some(snapshot) => {
@@ -205,6 +219,7 @@ fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen
         debug_exit: arguments.debug_exit,
         no_reboot: arguments.no_reboot,
         control: arguments.control.clone(),
+        paused,
         restore: None,
     };
     match snapshot {
@@ -234,6 +249,23 @@ fn agree(arguments: &Arguments, snapshot: &Snapshot) -> anyhow::Result<()> {
             refuse("its VM has no debug-exit port; leave out --debug-exit".into())
         }
         _ => Ok(()),
+    }
+}
+
+/// Whether the VM begins paused, as it was saved unless the user says otherwise.
+fn paused(arguments: &Arguments, snapshot: Option<&Snapshot>) -> anyhow::Result<bool> {
+    let saved = snapshot.filter(|snapshot| snapshot.paused());
+    match (arguments.start, saved) {
+        (Some(Start::Running), _) | (None, None) => Ok(false),
+        _ if arguments.control.is_some() => Ok(true),
+        (Some(Start::Paused), _) => Err(anyhow!(
+            "--start paused needs --control PATH, so that posada resume PATH can let the VM run"
+        )),
+        (None, Some(saved)) => {
+            let why = "its VM was paused, and without a control socket nobody could resume it; give --control PATH, or \
+                       --start running";
+            Err(saved.unfit(why).into())
+        }
     }
 }
 
@@ -284,6 +316,14 @@ fn run_vm(
         // Bad input has been told by now: the notice does not stand before an error.
         if let Some(notice) = notice.take() {
             eprintln!("posada: {notice}");
+        }
+        if first.get()
+            && let (true, Some(socket)) = (config.paused, &config.control)
+        {
+            eprintln!(
+                "posada: the VM is paused; posada resume {} lets it run",
+                socket.display()
+            );
         }
         let made = make(chosen.kind, ram, model);
         if first.replace(false)
@@ -416,6 +456,23 @@ mod tests {
         let error = report.unwrap_err().to_string();
         assert!(error.contains("the device is gone"), "{error}");
         assert_eq!(asked, [Kind::Kvm]);
+    }
+
+    #[test]
+    fn a_vm_that_nobody_could_resume_is_not_paused() {
+        use clap::Parser;
+        let paused_with = |more: &[&str]| {
+            let words = [&["run", "--kernel", "k"], more].concat();
+            paused(&Line::parse_from(words).arguments, None)
+        };
+        assert!(!paused_with(&[]).unwrap());
+        assert!(!paused_with(&["--start", "running", "--control", "s"]).unwrap());
+        assert!(paused_with(&["--start", "paused", "--control", "s"]).unwrap());
+        let error = paused_with(&["--start", "paused"]).unwrap_err().to_string();
+        assert!(
+            error.contains("--control") && error.contains("posada resume"),
+            "{error}"
+        );
     }
 
     #[test]

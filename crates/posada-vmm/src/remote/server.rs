@@ -1,7 +1,7 @@
 //! The VM's end: a thread that accepts, and one for each client.
 
 use super::{Answer, Error, Hello, LONGEST_REQUEST, PROTOCOL, Request, Status};
-use crate::control::{Control, Hold};
+use crate::control::Control;
 use crate::notify::Notify;
 use crate::resident;
 use crate::snapshot::{self, Options, Phase, Progress, Subject};
@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -49,8 +49,6 @@ struct Shared {
     /// Ends waits.
     stop: Notify,
     stopped: AtomicBool,
-    /// The user has paused the VM.
-    pause: Mutex<Option<Hold>>,
     /// One save at a time.
     saving: Mutex<()>,
 }
@@ -71,7 +69,6 @@ impl Server {
                 subject,
                 stop: Notify::new()?,
                 stopped: AtomicBool::new(false),
-                pause: Mutex::default(),
                 saving: Mutex::default(),
             });
             let served = shared.clone();
@@ -177,21 +174,18 @@ impl Read for Interruptible<'_> {
 
 fn answer(request: Request, stream: &UnixStream, shared: &Shared) -> Answer {
     let control = &shared.control;
-    let pause = || shared.pause.lock().unwrap_or_else(PoisonError::into_inner);
     match request {
         Request::Status => Answer::Status(status(shared)),
         Request::Pause => {
-            let mut pause = pause();
-            if pause.is_none() {
-                *pause = control.hold();
-            }
-            match &*pause {
+            control.freeze();
+            // Where it is being reset, its next life stands still too.
+            match control.life() {
                 Some(_) => Answer::Done,
                 None => Answer::Error("the VM is ending, so it cannot be paused".into()),
             }
         }
         Request::Resume => {
-            *pause() = None;
+            control.thaw();
             Answer::Done
         }
         Request::SnapshotSave {

@@ -78,6 +78,56 @@ fn a_vm_pauses_and_goes_on_however_often_it_is_told() {
 }
 
 #[test]
+fn a_vm_that_is_paused_while_it_resets_has_a_paused_next_life() {
+    let dir = TempDir::new();
+    let (socket, control) = (dir.path("socket"), Control::new());
+    let config = Config {
+        control: Some(socket.clone()),
+        paused: true,
+        ..config(&dir)
+    };
+    let steps = Arc::new(AtomicU64::new(0));
+    let (seen, ended) = (steps.clone(), control.clone());
+    thread::scope(|scope| {
+        let vm = scope.spawn(|| {
+            run(&config, &control, move |_, _, machine| {
+                // The user's pause and the guest's reset meet.
+                if seen.fetch_add(1, Ordering::Relaxed) == 0 {
+                    machine.port_write(0x602, &[1]);
+                }
+                thread::yield_now();
+                Step::Next
+            })
+        });
+        let mut client = loop {
+            match Client::connect(&socket) {
+                Ok(client) => break client,
+                Err(_) => thread::yield_now(),
+            }
+        };
+        while condition(&mut client) != Condition::Paused {
+            thread::yield_now();
+        }
+        assert_eq!(steps.load(Ordering::Relaxed), 0, "it begins paused");
+        for _ in 0..100 {
+            ask(&mut client, &Request::Resume);
+            assert_eq!(ask(&mut client, &Request::Pause), Answer::Done);
+            assert_eq!(condition(&mut client), Condition::Paused);
+            let before = steps.load(Ordering::Relaxed);
+            thread::yield_now();
+            assert_eq!(steps.load(Ordering::Relaxed), before);
+        }
+        ask(&mut client, &Request::Resume);
+        while steps.load(Ordering::Relaxed) < 2 {
+            thread::yield_now();
+        }
+        ended.end(Ending::Quit);
+        let report = vm.join().unwrap().unwrap();
+        assert_eq!((report.ending, report.reboots), (Ending::Quit, 1));
+    });
+}
+
+#[test]
 fn a_paused_vm_is_saved_and_stays_paused_and_ends_all_the_same() {
     let dir = TempDir::new();
     talking(&config(&dir), &dir, |socket, _| {

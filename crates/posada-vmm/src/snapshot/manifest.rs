@@ -168,6 +168,9 @@ pub struct State {
     pub clock: ClockState,
     /// The devices.
     pub machine: MachineState,
+    /// The user had paused it. Not in the snapshots of the first Posadas.
+    #[serde(default)]
+    pub paused: bool,
 }
 
 #[cfg(test)]

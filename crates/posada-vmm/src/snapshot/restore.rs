@@ -115,6 +115,11 @@ impl Snapshot {
         self.manifest.vm.debug_exit
     }
 
+    /// Whether its user had paused it.
+    pub fn paused(&self) -> bool {
+        self.state.paused
+    }
+
     /// Where vCPU 0 goes on.
     #[cfg(test)]
     pub(super) fn first_rip(&self) -> u64 {

@@ -141,7 +141,7 @@ pub fn save(control: &Arc<Control>, subject: &Subject, options: &Options, watch:
 
     let begin = Instant::now();
     let still = Still::new(control)?;
-    let state = state(still.life(), &subject.config)?;
+    let state = state(still.life(), &subject.config, control.frozen())?;
     let memory = saver.memory(still.life())?;
     let disks = saver.disks()?;
     let still = options.stop.then_some(still);
@@ -184,7 +184,7 @@ pub fn save(control: &Arc<Control>, subject: &Subject, options: &Options, watch:
 }
 
 /// Processors, clock and devices of a VM that stands still.
-fn state(life: &Life, config: &Config) -> Result<State, Error> {
+fn state(life: &Life, config: &Config, paused: bool) -> Result<State, Error> {
     let stopped = life.engine.clock()?;
     let cpus = life
         .cpus
@@ -198,6 +198,7 @@ fn state(life: &Life, config: &Config) -> Result<State, Error> {
             tsc_khz: config.model.tsc_khz,
         },
         machine: life.machine.save(),
+        paused,
     })
 }
 

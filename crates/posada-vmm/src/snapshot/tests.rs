@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::boot::Source;
-use crate::control::{Control, Ending};
+use crate::control::{Condition, Control, Ending};
 use crate::remote::{Answer, Client, Request};
 use crate::testing::{ENTRY, Random, Step, TempDir, config, model, run};
 use crate::vm::{self, Config, DiskConfig, Report};
@@ -158,6 +158,7 @@ fn a_vm_runs_on_and_its_snapshot_goes_on_from_between_two_instructions() {
         (config.memory, config.model.cpus, &*config.cmdline),
         (4 << 20, 2, "quiet")
     );
+    assert!(!Snapshot::open(&dir.path("snap")).unwrap().paused());
     let (_, (), after) = count(&config, || ());
     assert!(seen.contains(&after[0]) && after[0] > ENTRY, "{after:x?}");
 }
@@ -208,6 +209,66 @@ fn all_state_comes_back() {
     assert_eq!(report.unwrap().ending, Ending::PowerOff);
     let seen = *seen.lock().unwrap();
     assert_eq!(seen, [0x1234, RIP_OF_CPU_1]);
+}
+
+#[test]
+fn a_snapshot_knows_whether_its_vm_was_paused_and_a_paused_one_goes_on_when_told() {
+    let dir = TempDir::new();
+    let (socket, save) = (dir.path("socket"), request(&dir, false, KeepDisks::Copy));
+    let requests = [Request::Pause, save, Request::Resume];
+    let (_, (), seen) = count(&machine(&dir), move || {
+        let mut client = Client::connect(&socket).unwrap();
+        for request in &requests {
+            client.ask(request, &mut |_| {}).unwrap();
+        }
+    });
+    let snapshot = || Snapshot::open(&dir.path("snap")).unwrap();
+    assert!(snapshot().paused());
+
+    let config = Config {
+        paused: true,
+        control: Some(dir.path("socket")),
+        ..restored(&dir).unwrap()
+    };
+    let ran = Arc::new(Mutex::new(Vec::new()));
+    let (log, socket) = (ran.clone(), dir.path("socket"));
+    let vm = thread::spawn(move || {
+        run(&config, &Control::new(), move |index, rip, machine| {
+            log.lock().unwrap().push((index, rip));
+            if index == 0 {
+                power_off(machine);
+            }
+            Step::Halt
+        })
+    });
+    let mut client = loop {
+        match Client::connect(&socket) {
+            Ok(client) => break client,
+            Err(_) => thread::yield_now(),
+        }
+    };
+    let mut ask = |request: &Request| client.ask(request, &mut |_| {}).unwrap();
+    // It is saved as it was, however often.
+    let again = Request::SnapshotSave {
+        place: dir.path("snap"),
+        force: true,
+        stop: false,
+        disks: KeepDisks::Copy,
+    };
+    assert!(matches!(ask(&again), Answer::Saved(_)));
+    assert!(snapshot().paused() && seen.contains(&snapshot().first_rip()));
+    assert!(matches!(ask(&Request::Status), Answer::Status(status) if status.condition == Condition::Paused));
+    assert_eq!(*ran.lock().unwrap(), []);
+    assert_eq!(ask(&Request::Resume), Answer::Done);
+    assert_eq!(vm.join().unwrap().unwrap().ending, Ending::PowerOff);
+    let (_, first) = ran
+        .lock()
+        .unwrap()
+        .iter()
+        .copied()
+        .find(|(index, _)| *index == 0)
+        .unwrap();
+    assert_eq!(first, snapshot().first_rip());
 }
 
 #[test]
