@@ -1,4 +1,4 @@
-//! The vCPU seam: what every engine (interpreter, later translator and KVM) offers to a VM, and what it asks of the
+//! The vCPU seam: what every engine (interpreter, translator and KVM) offers to a VM, and what it asks of the
 //! machine around it. Nothing of one engine shows through here.
 #![forbid(unsafe_code)]
 
