@@ -32,6 +32,11 @@ impl TempDir {
         Self(path)
     }
 
+    /// A directory that is there already; what is in it goes with the value.
+    pub fn at(path: &Path) -> Self {
+        Self(path.into())
+    }
+
     pub fn path(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }

@@ -1,5 +1,7 @@
 //! Saving and restoring VMs whose vCPUs count.
 
+mod reflink;
+
 use super::*;
 use crate::boot::Source;
 use crate::control::{Condition, Control, Ending};
