@@ -147,6 +147,14 @@ fn on_kvm_auto_chooses_it_and_does_without_where_there_is_none() {
         cache: "/tmp/cache",
     };
     chooses(&host, "KVM");
+    // Each time: the probe's timer must not be able to slip in before its processor sleeps.
+    for _ in 0..10 {
+        let engine = host.doctor(&["--probe"]);
+        assert!(
+            engine["found"].as_str().is_some_and(|found| found.starts_with("KVM")),
+            "{engine}"
+        );
+    }
     assert!(logged(&host.hello(&["--accel", "kvm"])).contains("KVM"));
     // Another cache, another program or a damaged file: it is measured again, and comes out the same.
     nested.run("echo '{' >/tmp/cache/posada/accel.json").success();
