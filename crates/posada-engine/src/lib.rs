@@ -3,12 +3,14 @@
 #![forbid(unsafe_code)]
 
 pub mod clock;
+mod counters;
 pub mod cpu;
 mod interrupt;
 pub mod msr;
 mod report;
 mod state;
 
+pub use counters::{Counters, Leaves, Translation};
 pub use interrupt::{Msi, MsiLine, MsiSink, PlainLine};
 pub use state::{Activity, ApicPage, CpuState, DescriptorTable, Events, PendingException, Segment, Xsave};
 
@@ -71,16 +73,6 @@ pub struct DebugControl {
     pub single_step: bool,
     /// Guest virtual addresses before whose instruction to stop.
     pub breakpoints: Vec<u64>,
-}
-
-/// What a vCPU has done since it was made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Guest instructions executed; 0 where the processor itself runs them, uncounted.
-    pub instructions: u64,
-    /// Times when guest code had to wait for the machine: accesses to ports and to addresses that are not RAM, ends of
-    /// level-triggered interrupts. With KVM: returns to this process.
-    pub exits: u64,
 }
 
 /// What went wrong in an engine.

@@ -82,7 +82,14 @@ pub struct CodeMap {
     pages: *mut CodePage,
     count: u64,
     changes: AtomicU64,
+    /// The page of each of the last changes, in the low [`PAGE_BITS`], and the low bits of the change's number.
+    log: [AtomicU64; LOG],
 }
+
+/// Changes that are remembered.
+const LOG: usize = 256;
+/// Bits of a page's number: guest physical addresses have 52.
+const PAGE_BITS: u32 = 40;
 
 // SAFETY: the records are atomics in a mapping that lives as long as the value.
 unsafe impl Send for CodeMap {}
@@ -111,6 +118,7 @@ impl CodeMap {
             pages: pages.cast(),
             count,
             changes: AtomicU64::new(0),
+            log: std::array::from_fn(|_| AtomicU64::new(u64::MAX)),
         })
     }
 
@@ -135,7 +143,22 @@ impl CodeMap {
     /// Makes all that was decoded from the page that holds `gpa` invalid: a writer may have gone past [`CodeMap::written`].
     pub fn invalidate(&self, gpa: u64) {
         self.page(gpa).invalidate();
-        self.changes.fetch_add(1, Ordering::SeqCst);
+        self.note_change(gpa);
+    }
+
+    /// A page's version was raised.
+    fn note_change(&self, gpa: u64) {
+        let number = self.changes.fetch_add(1, Ordering::SeqCst);
+        let entry = number << PAGE_BITS | gpa / crate::PAGE_SIZE;
+        self.log[number as usize % LOG].store(entry, Ordering::Release);
+    }
+
+    /// The page (its guest physical address) whose version the change of this number raised, counted as
+    /// [`CodeMap::changes`] does. `None` if that is forgotten, or not known yet.
+    pub fn changed(&self, number: u64) -> Option<u64> {
+        let entry = self.log[number as usize % LOG].load(Ordering::Acquire);
+        let known = entry >> PAGE_BITS == number << PAGE_BITS >> PAGE_BITS;
+        known.then_some((entry & ((1 << PAGE_BITS) - 1)) * crate::PAGE_SIZE)
     }
 
     /// To be called after every store of `length` bytes to RAM that bypasses [`crate::GuestRam::memory`]; true if code
@@ -146,11 +169,11 @@ impl CodeMap {
         let (mut at, end) = (gpa, gpa + length);
         while at < end {
             let next = (at / crate::PAGE_SIZE + 1) * crate::PAGE_SIZE;
-            hit |= self.page(at).written(at % crate::PAGE_SIZE, next.min(end) - at);
+            if self.page(at).written(at % crate::PAGE_SIZE, next.min(end) - at) {
+                self.note_change(at);
+                hit = true;
+            }
             at = next;
-        }
-        if hit {
-            self.changes.fetch_add(1, Ordering::SeqCst);
         }
         hit
     }
@@ -196,5 +219,31 @@ impl Bitmap for CodeSlice {
             map: Arc::clone(&self.map),
             start: self.start + offset as u64,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_changes_are_known_by_their_pages() {
+        let map = CodeMap::new(1 << 20).unwrap();
+        assert_eq!((map.changes(), map.changed(0)), (0, None));
+        for page in 0..3 {
+            map.page(page << 12).mark(0x40, 64);
+        }
+        assert!(!map.written(0x1000, 0x40));
+        // Over the end of a page: two changes.
+        map.page(0x1000).mark(0xfc0, 64);
+        map.page(0x2000).mark(0, 64);
+        assert!(map.written(0x1ffc, 8));
+        map.invalidate(0x5000);
+        let changes: Vec<_> = (0..4).map(|number| map.changed(number)).collect();
+        assert_eq!((map.changes(), changes), (3, vec![Some(0x1000), Some(0x2000), Some(0x5000), None]));
+        for _ in 0..LOG {
+            map.invalidate(0x7000);
+        }
+        assert_eq!((map.changed(2), map.changed(3)), (None, Some(0x7000)));
     }
 }

@@ -30,6 +30,18 @@ pub fn posada() -> PathBuf {
     path.canonicalize().expect("it was there a moment ago")
 }
 
+/// The software CPU under test, as `--accel` names it: `emulate=` and what `POSADA_SOFTWARE_CPU` says, else `emulate`.
+///
+/// # Panics
+/// When the variable is not a text.
+pub fn software_cpu() -> String {
+    match env::var("POSADA_SOFTWARE_CPU") {
+        Ok(how) => format!("emulate={how}"),
+        Err(env::VarError::NotPresent) => "emulate".into(),
+        Err(error) => panic!("POSADA_SOFTWARE_CPU: {error}"),
+    }
+}
+
 /// A program of `guest/bare`.
 ///
 /// # Panics
@@ -56,10 +68,10 @@ pub struct Launch {
 }
 
 impl Launch {
-    /// `posada run` with the software CPU and the console on its standard input and output.
+    /// `posada run` with the software CPU ([`software_cpu`]) and the console on its standard input and output.
     pub fn run() -> Self {
         Self {
-            arguments: ["run", "--accel", "emulate", "--console", "stdio"]
+            arguments: ["run", "--accel", &software_cpu(), "--console", "stdio"]
                 .map(OsString::from)
                 .into(),
             folder: None,

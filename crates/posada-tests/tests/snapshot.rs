@@ -16,18 +16,29 @@ const PATIENCE: Duration = Duration::from_secs(400);
 /// An engine, on this machine or in the test host.
 #[derive(Clone, Copy)]
 struct Site<'a> {
-    accel: &'a str,
+    /// What the launch says, without one.
+    accel: Option<&'a str>,
     host: Option<&'a TestHost>,
 }
 
 const HERE: Site<'static> = Site {
-    accel: "emulate",
+    accel: None,
+    host: None,
+};
+
+const INTERPRETER: Site<'static> = Site {
+    accel: Some("emulate=interpret"),
+    host: None,
+};
+
+const TRANSLATOR: Site<'static> = Site {
+    accel: Some("emulate=translate"),
     host: None,
 };
 
 fn kvm(host: &TestHost) -> Site<'_> {
     Site {
-        accel: "kvm",
+        accel: Some("kvm"),
         host: Some(host),
     }
 }
@@ -41,7 +52,10 @@ impl Site<'_> {
     }
 
     fn run(&self, launch: Launch) -> Process {
-        self.start(&launch.accel(self.accel))
+        self.start(&match self.accel {
+            Some(accel) => launch.accel(accel),
+            None => launch,
+        })
     }
 
     /// Any `posada` command, to its end.
@@ -196,6 +210,16 @@ fn two_moments_of_a_busy_vm_go_on(from: Site<'_>, to: Site<'_>) {
 #[test]
 fn a_busy_vm_goes_on_where_it_was_saved() {
     two_moments_of_a_busy_vm_go_on(HERE, HERE);
+}
+
+#[test]
+fn a_busy_vm_of_the_translator_goes_on_on_the_interpreter() {
+    two_moments_of_a_busy_vm_go_on(TRANSLATOR, INTERPRETER);
+}
+
+#[test]
+fn a_busy_vm_of_the_interpreter_goes_on_on_the_translator() {
+    two_moments_of_a_busy_vm_go_on(INTERPRETER, TRANSLATOR);
 }
 
 #[test]

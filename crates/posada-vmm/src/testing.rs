@@ -279,7 +279,7 @@ impl Vcpu for FakeVcpu {
     fn counters(&self) -> Counters {
         Counters {
             instructions: self.instructions,
-            exits: 0,
+            ..Counters::default()
         }
     }
 }

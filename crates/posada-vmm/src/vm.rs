@@ -9,7 +9,7 @@ use crate::snapshot::{self, Restore, Subject};
 use crate::{gdb, resident};
 use posada_devices::virtio::blk::{BlkDisk, DiskError, open_disk};
 use posada_engine::cpu::CpuModel;
-use posada_engine::{CpuState, Engine, Exit, Vcpu};
+use posada_engine::{Counters, CpuState, Engine, Exit, Vcpu};
 use posada_memory::GuestRam;
 use std::io;
 use std::path::PathBuf;
@@ -69,8 +69,8 @@ pub struct Config {
 pub struct Report {
     /// Why it ended.
     pub ending: Ending,
-    /// Guest instructions of all vCPUs and lives.
-    pub instructions: u64,
+    /// What all vCPUs have done in all lives.
+    pub counters: Counters,
     /// Resets.
     pub reboots: u64,
     /// Bytes of guest RAM that the host has really given, at the end.
@@ -163,7 +163,7 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
     }
     let mut report = Report {
         ending: Ending::Reset,
-        instructions: 0,
+        counters: Counters::default(),
         reboots: 0,
         touched: 0,
     };
@@ -175,7 +175,7 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
         let life = Life::new(&subject, &console, ram, start, make_engine, control)?;
         report.ending = live(&life, control)?;
         console.connect(None);
-        report.instructions += life.instructions();
+        report.counters += life.counters();
         report.touched = resident::of(&life.ram);
         if report.ending != Ending::Reset || config.no_reboot {
             return Ok(report);
@@ -242,12 +242,15 @@ impl Life {
         }))
     }
 
-    fn instructions(&self) -> u64 {
-        let count = |cpu: &Mutex<Box<dyn Vcpu>>| match cpu.lock() {
-            Ok(cpu) => cpu.counters().instructions,
-            Err(poisoned) => poisoned.into_inner().counters().instructions,
-        };
-        self.cpus.iter().map(count).sum()
+    fn counters(&self) -> Counters {
+        let mut sum = Counters::default();
+        for cpu in &self.cpus {
+            sum += match cpu.lock() {
+                Ok(cpu) => cpu.counters(),
+                Err(poisoned) => poisoned.into_inner().counters(),
+            };
+        }
+        sum
     }
 }
 

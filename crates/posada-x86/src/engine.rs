@@ -3,7 +3,7 @@
 use crate::core::Core;
 use crate::interpret::Stop;
 use crate::shared::Vm;
-use crate::translate::Translator;
+use crate::translate::{PerfMap, Translator};
 use posada_engine::clock::Moment;
 use posada_engine::cpu::{CpuModel, Offer};
 use posada_engine::{Counters, CpuState, DebugControl, Doorbell, Engine, Error, Exit, Kick, Machine, MsiSink, Vcpu};
@@ -21,7 +21,16 @@ const TSC_KHZ: std::ops::RangeInclusive<u64> = 100_000..=100_000_000;
 pub struct Emulator {
     ram: Arc<GuestRam>,
     vm: Arc<Vm>,
-    translates: bool,
+    translation: Option<Translating>,
+}
+
+/// How a VM's code is translated.
+#[derive(Clone, Debug)]
+pub struct Translating {
+    /// Bytes of host code that its processors keep, together.
+    pub cache: u64,
+    /// Where what they make is named.
+    pub perf_map: Option<Arc<PerfMap>>,
 }
 
 impl Emulator {
@@ -56,13 +65,13 @@ impl Emulator {
         Ok(Self {
             ram,
             vm,
-            translates: false,
+            translation: None,
         })
     }
 
     /// Lets its processors translate hot 64-bit code instead of interpreting it.
-    pub fn translating(mut self) -> Self {
-        self.translates = true;
+    pub fn translating(mut self, how: Translating) -> Self {
+        self.translation = Some(how);
         self
     }
 }
@@ -79,10 +88,11 @@ impl Engine for Emulator {
         if index != 0 {
             core.wait_for_startup();
         }
-        if self.translates {
-            let translator =
-                Translator::new().map_err(|error| Error::Host(format!("no memory for translated code: {error}")))?;
-            core.translator = Some(Box::new(translator));
+        if let Some(how) = &self.translation {
+            let size = usize::try_from(how.cache / count as u64).unwrap_or(usize::MAX >> 1);
+            let translator = Translator::new(size)
+                .map_err(|error| Error::Host(format!("no memory for translated code: {error}")))?;
+            core.translator = Some(Box::new(translator.named_in(how.perf_map.clone())));
         }
         Ok(Box::new(Processor { core }))
     }
@@ -166,9 +176,16 @@ impl Vcpu for Processor {
     }
 
     fn counters(&self) -> Counters {
+        let mut translation = self
+            .core
+            .translator
+            .as_ref()
+            .map_or_else(Default::default, |made| made.counts());
+        translation.tlb_fills = self.core.frame.fills;
         Counters {
             instructions: self.core.instructions,
             exits: self.core.exits,
+            translation,
         }
     }
 }

@@ -38,4 +38,4 @@ pub mod translate;
 pub mod walk;
 pub mod xsave;
 
-pub use engine::Emulator;
+pub use engine::{Emulator, Translating};

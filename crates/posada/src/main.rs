@@ -31,7 +31,7 @@ POSADA_LOG=posada_vmm=debug. Without it warnings are.";
 
 #[derive(Subcommand)]
 enum Command {
-    Run(run::Arguments),
+    Run(Box<run::Arguments>),
     Status(control::StatusArguments),
     Pause(control::PauseArguments),
     Resume(control::ResumeArguments),

@@ -2,7 +2,7 @@
 
 use crate::accel::{self, Accelerator, Chosen, Kind};
 use crate::{signals, size, summary};
-use anyhow::anyhow;
+use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use posada_engine::cpu::{Baseline, CpuModel};
 use posada_engine::{Engine, Error};
@@ -12,6 +12,8 @@ use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
 use posada_vmm::snapshot::Snapshot;
 use posada_vmm::vm::{self, Config, DiskConfig, Report};
+use posada_x86::Translating;
+use posada_x86::translate::PerfMap;
 use std::cell::Cell;
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
@@ -107,6 +109,14 @@ pub struct Arguments {
     /// How guest code runs; auto measures once what is faster, and posada doctor shows what it found
     #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
     accel: Accelerator,
+
+    /// Memory for translated code, where code is translated; when it is full, the oldest makes room
+    #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64M")]
+    translation_cache: u64,
+
+    /// Name translated code in /tmp/perf-PID.map, for perf report
+    #[arg(long)]
+    perf_map: bool,
 
     /// Have the port 0xf4, through which a test kernel ends the VM with an exit code
     #[arg(long)]
@@ -205,6 +215,14 @@ fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen
             chosen.model(arguments.cpus.unwrap_or(1), level.baseline())?
         }
     };
+    let least = posada_x86::translate::LEAST_CACHE as u64 * u64::from(model.cpus);
+    if chosen.kind == Kind::Translator && arguments.translation_cache < least {
+        return Err(anyhow!(
+            "--translation-cache is too small for {} CPUs: give at least {}",
+            model.cpus,
+            size::of(least)
+        ));
+    }
     let disks = arguments.disks.iter().map(|text| disk(text)).collect();
     let mut config = Config {
         kernel: arguments.kernel.clone().unwrap_or_default(),
@@ -296,12 +314,24 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let control = Control::new();
     signals::end_on_signals(control.clone())?;
     let begin = Instant::now();
-    let report = run_vm(arguments, prepared, &Kind::make, &control)?;
+    let translating = Translating {
+        cache: arguments.translation_cache,
+        perf_map: arguments.perf_map.then(perf_map).transpose()?,
+    };
+    let make = |kind: Kind, ram, model: &CpuModel| kind.make(ram, model, &translating);
+    let report = run_vm(arguments, prepared, &make, &control)?;
     let (code, reason) = explain(&report.ending);
     if let Some(path) = &arguments.summary {
         summary::write(path, &report, reason, begin.elapsed())?;
     }
     Ok(ExitCode::from(code))
+}
+
+/// The map that names translated code.
+fn perf_map() -> anyhow::Result<Arc<PerfMap>> {
+    let path = PerfMap::path();
+    let map = PerfMap::create().with_context(|| format!("cannot make {} for --perf-map", path.display()))?;
+    Ok(Arc::new(map))
 }
 
 /// Runs the VM; on the software CPU, if `auto` has chosen KVM and that refuses to make its first life.
@@ -438,7 +468,7 @@ mod tests {
             assert!(socket.exists(), "the second attempt has a socket too");
             match kind {
                 Kind::Kvm => Err(Error::Host("the device is gone".into())),
-                _ => kind.make(ram, model),
+                _ => kind.make(ram, model, &accel::TRANSLATING),
             }
         };
         let prepared = prepare(&arguments, || Ok(chosen)).unwrap();

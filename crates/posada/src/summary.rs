@@ -1,6 +1,7 @@
 //! `--summary`: what a run has cost, for scripts.
 
 use anyhow::Context;
+use posada_engine::Translation;
 use posada_vmm::vm::Report;
 use serde::Serialize;
 use std::path::Path;
@@ -10,6 +11,7 @@ use std::time::Duration;
 #[derive(Debug, Serialize)]
 struct Summary<'a> {
     wall_seconds: f64,
+    /// Those that were interpreted, where there is a translator.
     guest_instructions: u64,
     instructions_per_second: f64,
     /// The most memory the process had at any time.
@@ -18,19 +20,45 @@ struct Summary<'a> {
     touched_guest_bytes: u64,
     reboots: u64,
     exit_reason: &'a str,
+    /// What translators have done, if there were any.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    translation: Option<Translated>,
+}
+
+/// The counts of all translators, and what follows from them.
+#[derive(Debug, Serialize)]
+struct Translated {
+    #[serde(flatten)]
+    counts: Translation,
+    /// Direct branches that were led straight to their target, of all.
+    chain_rate: f64,
+    nanoseconds_per_instruction: f64,
+}
+
+impl Translated {
+    fn new(counts: Translation) -> Self {
+        let rate = |part: u64, of: u64| part as f64 / of.max(1) as f64;
+        Self {
+            counts,
+            chain_rate: rate(counts.links, counts.branches),
+            nanoseconds_per_instruction: rate(counts.nanoseconds, counts.instructions),
+        }
+    }
 }
 
 /// Writes the summary of a run.
 pub fn write(path: &Path, report: &Report, reason: &str, wall: Duration) -> anyhow::Result<()> {
     let seconds = wall.as_secs_f64();
+    let counters = report.counters;
     let summary = Summary {
         wall_seconds: seconds,
-        guest_instructions: report.instructions,
-        instructions_per_second: report.instructions as f64 / seconds.max(1e-9),
+        guest_instructions: counters.instructions,
+        instructions_per_second: counters.instructions as f64 / seconds.max(1e-9),
         peak_resident_bytes: peak_resident(),
         touched_guest_bytes: report.touched,
         reboots: report.reboots,
         exit_reason: reason,
+        translation: (counters.translation != Translation::default()).then(|| Translated::new(counters.translation)),
     };
     let text = serde_json::to_string_pretty(&summary).context("the summary")? + "\n";
     std::fs::write(path, text).with_context(|| format!("cannot write the summary to {}", path.display()))

@@ -25,7 +25,10 @@ fn power_off_ends_the_vm_and_halted_vcpus_with_it() {
     });
     let report = report.unwrap();
     assert_eq!(report.ending, Ending::PowerOff);
-    assert_eq!(report.instructions, 10, "a vCPU does not run on behind its power-off");
+    assert_eq!(
+        report.counters.instructions, 10,
+        "a vCPU does not run on behind its power-off"
+    );
     assert_eq!(report.reboots, 0);
 }
 
@@ -62,7 +65,7 @@ fn a_reset_builds_everything_anew_and_keeps_the_disks_lock_and_the_console() {
     });
     let report = report.unwrap();
     assert_eq!(
-        (report.ending, report.reboots, report.instructions),
+        (report.ending, report.reboots, report.counters.instructions),
         (Ending::PowerOff, 3, 4)
     );
     assert_eq!(std::fs::read(dir.path("log")).unwrap(), b"0123");

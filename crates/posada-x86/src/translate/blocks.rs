@@ -1,6 +1,7 @@
-//! Translated blocks: found by where they lie and in which mode they run, linked to each other, forgotten with their page.
+//! Translated blocks: found by where they lie and in which mode they run, linked to each other, forgotten with their page or
+//! with their part of the cache.
 
-use super::cache::CodeCache;
+use super::cache::{CodeCache, Layout, PARTS};
 use super::emit::{Check, Mark};
 use super::help::Helped;
 use std::collections::HashMap;
@@ -90,7 +91,36 @@ pub struct Block {
     branches: Box<[Branch]>,
     checks: Box<[Check]>,
     /// Branches that lead here.
-    incoming: Vec<Branch>,
+    incoming: Vec<Incoming>,
+}
+
+/// A branch that was led to a block.
+struct Incoming {
+    branch: Branch,
+    /// Its block's part, and how often that had been emptied: while it still is, the branch is there.
+    part: usize,
+    emptied: u64,
+}
+
+/// A block's number: its part of the cache, and its place in the order of that part's code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Number {
+    part: u32,
+    place: u32,
+}
+
+impl Number {
+    /// A number that need not be any block's.
+    pub const NONE: Self = Self { part: 0, place: 0 };
+}
+
+/// The blocks of a part of the cache.
+#[derive(Default)]
+struct Part {
+    /// In the order of their code.
+    blocks: Vec<Block>,
+    /// How often it was emptied.
+    emptied: u64,
 }
 
 /// The guest's code that a block was made from.
@@ -126,6 +156,12 @@ pub struct Made<'a> {
 }
 
 impl Block {
+    /// Guest physical pages with code of it.
+    fn pages(&self) -> impl Iterator<Item = u64> + use<> {
+        let next = self.source.next.map(|(page, _)| page);
+        [Some(self.key.page()), next].into_iter().flatten()
+    }
+
     /// A block that nothing leads to yet.
     pub fn new(key: Key, source: Source, made: Made) -> Self {
         Self {
@@ -143,42 +179,60 @@ impl Block {
 }
 
 /// The blocks of one cache.
-#[derive(Default)]
 pub struct Blocks {
-    /// In the order of their code.
-    blocks: Vec<Block>,
-    by_key: Map<Key, u32>,
-    by_page: Map<u64, Vec<u32>>,
+    layout: Layout,
+    parts: [Part; PARTS],
+    by_key: Map<Key, Number>,
+    by_page: Map<u64, Vec<Number>>,
 }
 
 impl Blocks {
+    /// None, of a cache of this layout.
+    pub fn new(layout: Layout) -> Self {
+        Self {
+            layout,
+            parts: Default::default(),
+            by_key: Map::default(),
+            by_page: Map::default(),
+        }
+    }
+
     /// The block for a key.
-    pub fn find(&self, key: &Key) -> Option<u32> {
+    pub fn find(&self, key: &Key) -> Option<Number> {
         self.by_key.get(key).copied()
     }
 
     /// A block by its number.
-    pub fn get(&self, number: u32) -> &Block {
-        &self.blocks[number as usize]
+    pub fn get(&self, number: Number) -> &Block {
+        &self.parts[number.part as usize].blocks[number.place as usize]
     }
 
-    /// Adds a block; its code lies behind that of all others.
-    pub fn add(&mut self, block: Block) -> u32 {
-        debug_assert!(self.blocks.last().is_none_or(|last| last.start < block.start));
-        let number = self.blocks.len() as u32;
+    fn get_mut(&mut self, number: Number) -> &mut Block {
+        &mut self.parts[number.part as usize].blocks[number.place as usize]
+    }
+
+    /// Adds a block; its code lies behind that of all others of its part.
+    pub fn add(&mut self, block: Block) -> Number {
+        let part = self.layout.part(block.start);
+        let blocks = &mut self.parts[part].blocks;
+        debug_assert!(blocks.last().is_none_or(|last| last.start < block.start));
+        let number = Number {
+            part: part as u32,
+            place: blocks.len() as u32,
+        };
         self.by_key.insert(block.key, number);
-        let next = block.source.next.map(|(page, _)| page);
-        for page in [Some(block.key.page()), next].into_iter().flatten() {
+        for page in block.pages() {
             self.by_page.entry(page).or_default().push(number);
         }
-        self.blocks.push(block);
+        blocks.push(block);
         number
     }
 
     /// The block whose code is at `address`.
-    fn at(&self, address: u64) -> &Block {
-        let number = self.blocks.partition_point(|block| block.start <= address);
-        &self.blocks[number - 1]
+    pub fn at(&self, address: u64) -> &Block {
+        let blocks = &self.parts[self.layout.part(address)].blocks;
+        let place = blocks.partition_point(|block| block.start <= address);
+        &blocks[place - 1]
     }
 
     /// RIP of the instruction whose code is at `address`, and whether the Core holds the flags there.
@@ -209,38 +263,77 @@ impl Blocks {
     }
 
     /// Lets a branch lead to a block.
-    pub fn link(&mut self, branch: Branch, target: u32, cache: &mut CodeCache) {
-        let target = &mut self.blocks[target as usize];
+    pub fn link(&mut self, branch: Branch, target: Number, cache: &mut CodeCache) {
+        let part = self.layout.part(branch.site);
+        let emptied = self.parts[part].emptied;
+        let target = self.get_mut(target);
         cache.patch(branch.site, target.entry);
-        target.incoming.push(branch);
+        target.incoming.push(Incoming { branch, part, emptied });
     }
 
-    /// Forgets the blocks of each page whose version is another than `version` says. True if there were any.
-    pub fn forget_stale(&mut self, version: impl Fn(u64) -> u32, cache: &mut CodeCache) -> bool {
-        let (blocks, by_key) = (&mut self.blocks, &mut self.by_key);
-        let mut any = false;
-        self.by_page.retain(|_, numbers| {
-            numbers.retain(|&number| {
-                let block = &mut blocks[number as usize];
-                if block.source.holds(block.key.page(), &version) {
-                    return true;
-                }
-                any = true;
-                for branch in std::mem::take(&mut block.incoming) {
-                    cache.patch(branch.site, branch.exit);
-                }
-                if by_key.get(&block.key) == Some(&number) {
-                    by_key.remove(&block.key);
-                }
-                false
-            });
-            !numbers.is_empty()
-        });
-        any
+    /// Nothing leads to a block any longer, and it is not found. Its code stays where it is.
+    fn forget(&mut self, number: Number, cache: &mut CodeCache) {
+        let block = self.get_mut(number);
+        let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
+        for Incoming { branch, part, emptied } in incoming {
+            if self.parts[part].emptied == emptied {
+                cache.patch(branch.site, branch.exit);
+            }
+        }
+        if self.by_key.get(&key) == Some(&number) {
+            self.by_key.remove(&key);
+        }
     }
 
-    /// Forgets everything.
-    pub fn clear(&mut self) {
-        *self = Self::default();
+    fn leave_page(&mut self, page: u64, number: Number) {
+        if let Some(numbers) = self.by_page.get_mut(&page) {
+            numbers.retain(|&other| other != number);
+            if numbers.is_empty() {
+                self.by_page.remove(&page);
+            }
+        }
+    }
+
+    /// Forgets the blocks with code of `page` that has changed: its version, as that of all pages, is what `version` says.
+    /// Gives how many.
+    pub fn forget_stale(&mut self, page: u64, version: impl Fn(u64) -> u32, cache: &mut CodeCache) -> u64 {
+        let numbers = self.by_page.get(&page);
+        let stale: Vec<Number> = numbers
+            .into_iter()
+            .flatten()
+            .copied()
+            .filter(|&number| {
+                let block = self.get(number);
+                !block.source.holds(block.key.page(), &version)
+            })
+            .collect();
+        for &number in &stale {
+            self.forget(number, cache);
+            for page in self.get(number).pages() {
+                self.leave_page(page, number);
+            }
+        }
+        stale.len() as u64
+    }
+
+    /// Pages that any block has code of.
+    pub fn pages(&self) -> Vec<u64> {
+        self.by_page.keys().copied().collect()
+    }
+
+    /// Forgets the blocks of a part of the cache, whose code goes.
+    pub fn empty(&mut self, part: usize, cache: &mut CodeCache) {
+        for place in 0..self.parts[part].blocks.len() as u32 {
+            let number = Number {
+                part: part as u32,
+                place,
+            };
+            self.forget(number, cache);
+            for page in self.get(number).pages() {
+                self.leave_page(page, number);
+            }
+        }
+        self.parts[part].blocks.clear();
+        self.parts[part].emptied += 1;
     }
 }

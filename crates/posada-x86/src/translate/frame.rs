@@ -43,6 +43,8 @@ pub struct Frame {
     pub trap_rip: u64,
     /// RFLAGS of the trap.
     pub trap_flags: u64,
+    /// Checks that failed and then succeeded.
+    pub fills: u64,
     /// What the blocks and the ways to them were found under.
     pub seen: Seen,
     /// Ways by RIP: addresses of code that compares R10 with its own RIP first.
@@ -169,6 +171,11 @@ pub const fn mode(active: usize) -> Option<usize> {
     }
 }
 
+/// True for the mode of user code.
+pub const fn is_user(mode: usize) -> bool {
+    mode == 0
+}
+
 /// The first slot of a mode's data table.
 pub const fn active(mode: usize) -> usize {
     ENTRIES
@@ -211,7 +218,7 @@ pub struct FetchEntry {
 
 /// Where the entry for a page of code is, for a mode's privilege level.
 pub const fn fetch_entry(mode: usize, linear: u64) -> FetchEntry {
-    let table = if mode == 0 { FETCH_USER } else { FETCH_SUPERVISOR };
+    let table = if is_user(mode) { FETCH_USER } else { FETCH_SUPERVISOR };
     let number = table * ENTRIES + (linear >> 12) as usize % ENTRIES;
     let entry = offset_of!(Core, mmu) + offset_of!(Mmu, entries) + number * size_of::<Entry>();
     FetchEntry {

@@ -5,7 +5,7 @@
 //!   are wanted where, [`emit`] makes its code with the [`assembler`].
 //! - [`frame`] is what that code finds at `gs:`; [`stubs`] are the ways in and out; [`cache`] is its memory.
 //! - [`blocks`] finds, links and forgets blocks; [`run`] runs them.
-//! - [`trap`] handles what the host's processor raises.
+//! - [`trap`] handles what the host's processor raises; [`perf_map`] tells perf what runs.
 //!
 //! Guest registers are in the host registers of the same name, RSP and the flags included; only R10 and R11 belong to the
 //! translator. A memory operand's address is compared with the same soft TLB that the interpreter uses.
@@ -18,6 +18,7 @@ pub mod frame;
 pub mod groups;
 mod help;
 mod operation;
+mod perf_map;
 mod region;
 mod run;
 mod stubs;
@@ -26,5 +27,7 @@ mod table;
 mod tests;
 mod trap;
 
+pub use cache::LEAST as LEAST_CACHE;
+pub use perf_map::PerfMap;
 pub use run::{Ran, Translator};
 pub(crate) use stubs::Wanted;

@@ -1,23 +1,25 @@
 //! Running translated blocks, and finding, making and forgetting them on the way.
 
-use super::blocks::{Block, Blocks, Branch, Key, Made, Source};
+use super::blocks::{Block, Blocks, Branch, Key, Made, Number, Source};
 use super::cache::CodeCache;
 use super::emit::{Emitter, NextPage, Place};
 use super::frame::{self, JUMPS, MODES};
 use super::operation::{MAX_LENGTH, Reader, limits};
+use super::perf_map::PerfMap;
 use super::region::{Next, Page, Region};
 use super::stubs::{self, Enter, Leave, Stubs, Wanted};
 use super::trap;
 use crate::core::Core;
 use crate::filled::Filled;
+use posada_engine::Translation;
 use std::io;
+use std::sync::Arc;
+use std::time::Instant;
 
 /// A block is translated when it is wanted for the so-manieth time.
 const THRESHOLD: u8 = 3;
 /// Slots that count how often untranslated blocks were wanted.
 const COUNTERS: usize = 1 << 14;
-/// More than any block's code takes.
-const LARGEST: usize = 64 << 10;
 const PAGE: u64 = 4096;
 
 /// How far translated code came.
@@ -32,9 +34,9 @@ pub enum Ran {
 }
 
 /// Where a filled slot of a jump cache leads.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 struct Jump {
-    block: u32,
+    block: Number,
     /// The block's page is mapped globally.
     global: bool,
 }
@@ -43,8 +45,6 @@ struct Jump {
 pub struct Translator {
     cache: CodeCache,
     stubs: Stubs,
-    /// Where the stubs end.
-    first: u64,
     blocks: Blocks,
     reader: Reader,
     region: Region,
@@ -55,40 +55,55 @@ pub struct Translator {
     filled: Filled,
     /// What filled slots lead to.
     jumps: [Box<[Jump]>; MODES],
-    /// How often the cache was full.
-    flushes: u64,
     jump_mask: u32,
+    counts: Translation,
+    perf_map: Option<Arc<PerfMap>>,
 }
 
 impl Translator {
-    /// A translator with an empty cache.
+    /// A translator with an empty cache of `size` bytes, or what is the least.
     ///
     /// # Errors
     /// The host gives no memory to execute from, or refuses handlers of signals.
-    pub fn new() -> io::Result<Self> {
+    pub fn new(size: usize) -> io::Result<Self> {
         trap::install()?;
-        let mut cache = CodeCache::new()?;
+        let mut cache = CodeCache::new(size)?;
         let bmi2 = std::arch::is_x86_feature_detected!("bmi2");
         let jump_mask = if bmi2 { (JUMPS as u32 - 1) << 2 } else { 0xff };
         let mut emitter = Emitter::new(Stubs::default(), bmi2, jump_mask);
-        emitter.assembler.begin(cache.next());
+        emitter.assembler.begin(cache.stubs());
         let stubs = stubs::make(&mut emitter.assembler, miss);
-        cache.append(&emitter.assembler.code);
+        cache.put_stubs(&emitter.assembler.code);
+        let nowhere = Jump {
+            block: Number::NONE,
+            global: false,
+        };
         Ok(Self {
-            first: cache.next(),
+            blocks: Blocks::new(cache.layout()),
             cache,
             stubs,
-            blocks: Blocks::default(),
             reader: Reader::default(),
             region: Region::default(),
             emitter: Emitter::new(stubs, bmi2, jump_mask),
             counters: vec![0; COUNTERS].into(),
             threshold: THRESHOLD,
             filled: Filled::new(MODES * JUMPS),
-            jumps: std::array::from_fn(|_| vec![Jump::default(); JUMPS].into()),
-            flushes: 0,
+            jumps: std::array::from_fn(|_| vec![nowhere; JUMPS].into()),
             jump_mask,
+            counts: Translation::default(),
+            perf_map: None,
         })
+    }
+
+    /// Names what it makes in this map.
+    pub fn named_in(mut self, map: Option<Arc<PerfMap>>) -> Self {
+        self.perf_map = map;
+        self
+    }
+
+    /// What it has done.
+    pub fn counts(&self) -> Translation {
+        self.counts
     }
 
     /// To be called before [`Translator::run`], whenever the Core may have moved or changed threads.
@@ -133,9 +148,10 @@ impl Translator {
         };
         loop {
             let left = self.enter(core, block);
+            self.count(left);
             match left {
                 Leave::Chain => {
-                    let (branch, flushes) = (self.blocks.branch(core.frame.site), self.flushes);
+                    let (branch, evictions) = (self.blocks.branch(core.frame.site), self.counts.evictions);
                     let next = if branch.plain {
                         self.find_plain(core)
                     } else {
@@ -144,9 +160,10 @@ impl Translator {
                     let Some(next) = next else {
                         return Ran::Some;
                     };
-                    // The exit is gone if the cache was full.
-                    if flushes == self.flushes {
+                    // The exit may be gone if the cache was full.
+                    if evictions == self.counts.evictions {
                         self.blocks.link(branch, next, &mut self.cache);
+                        self.counts.links += 1;
                     }
                     block = next;
                 }
@@ -181,7 +198,20 @@ impl Translator {
         }
     }
 
-    fn enter(&self, core: &mut Core, block: u32) -> Leave {
+    fn count(&mut self, left: Leave) {
+        let leaves = &mut self.counts.leaves;
+        *match left {
+            Leave::Chain => &mut leaves.unlinked,
+            Leave::Unknown => &mut leaves.unknown,
+            Leave::Interpret => &mut leaves.interpret,
+            Leave::Poll => &mut leaves.events,
+            Leave::Refused => &mut leaves.refused,
+            Leave::Trap => &mut leaves.trapped,
+            Leave::Helped => &mut leaves.helped,
+        } += 1;
+    }
+
+    fn enter(&self, core: &mut Core, block: Number) -> Leave {
         // SAFETY: the stub has this signature.
         let enter: Enter = unsafe { std::mem::transmute(self.stubs.enter) };
         let target = self.blocks.get(block).entry;
@@ -192,20 +222,31 @@ impl Translator {
 
     /// Takes notice of changed code and mappings.
     fn synchronize(&mut self, core: &mut Core) {
-        let (now, code) = (core.seen(), core.ram.code());
+        let now = core.seen();
         let before = std::mem::replace(&mut core.frame.seen, now);
         if now == before {
             return;
         }
         let mut all = now.generation.all != before.generation.all || now.settings != before.settings;
         if now.changes != before.changes {
-            all |= self
-                .blocks
-                .forget_stale(|page| code.page(page).version(), &mut self.cache);
+            all |= self.forget_changed(core, before.changes..now.changes);
         }
         if all || now.generation.context != before.generation.context {
             self.forget_jumps(core, !all);
         }
+    }
+
+    /// Forgets blocks of code that these changes concern. True if there were any.
+    fn forget_changed(&mut self, core: &Core, changes: std::ops::Range<u64>) -> bool {
+        let code = core.ram.code();
+        // What lies too far back to be known concerns any page.
+        let pages = changes.map(|number| code.changed(number)).collect::<Option<Vec<u64>>>();
+        let before = self.counts.outdated;
+        for page in pages.unwrap_or_else(|| self.blocks.pages()) {
+            let version = |page| code.page(page).version();
+            self.counts.outdated += self.blocks.forget_stale(page, version, &mut self.cache);
+        }
+        self.counts.outdated != before
     }
 
     fn forget_jumps(&mut self, core: &mut Core, keep_global: bool) {
@@ -224,7 +265,7 @@ impl Translator {
         }
     }
 
-    fn fill_jump(&mut self, core: &mut Core, mode: usize, number: u32) {
+    fn fill_jump(&mut self, core: &mut Core, mode: usize, number: Number) {
         let block = self.blocks.get(number);
         let slot = frame::slot(block.key.rip, self.jump_mask);
         let global = core.fetched_globally(block.key.rip);
@@ -234,7 +275,7 @@ impl Translator {
     }
 
     /// The block at RIP, if it is translated or worth it.
-    fn find(&mut self, core: &mut Core) -> Option<u32> {
+    fn find(&mut self, core: &mut Core) -> Option<Number> {
         let mode = core.translated_mode()?;
         let rip = core.rip();
         let slot = frame::slot(rip, self.jump_mask);
@@ -250,12 +291,12 @@ impl Translator {
     }
 
     /// The block without groups at RIP.
-    fn find_plain(&mut self, core: &mut Core) -> Option<u32> {
+    fn find_plain(&mut self, core: &mut Core) -> Option<Number> {
         let mode = core.translated_mode()?;
         self.look_up(core, mode, true)
     }
 
-    fn look_up(&mut self, core: &mut Core, mode: usize, plain: bool) -> Option<u32> {
+    fn look_up(&mut self, core: &mut Core, mode: usize, plain: bool) -> Option<Number> {
         let rip = core.rip();
         // The interpreter will raise what this raises.
         let (page, host) = core.fetch_page(rip).ok()?;
@@ -284,12 +325,13 @@ impl Translator {
     }
 
     #[cold]
-    fn translate(&mut self, core: &mut Core, key: Key, mut place: Place, host: *const u8) -> Option<u32> {
-        if self.cache.room() < LARGEST {
+    fn translate(&mut self, core: &mut Core, key: Key, mut place: Place, host: *const u8) -> Option<Number> {
+        let begin = Instant::now();
+        if self.cache.is_full() {
             self.forget_jumps(core, false);
-            self.blocks.clear();
-            self.flushes += 1;
-            self.cache.rewind(self.first);
+            let part = self.cache.next_part();
+            self.blocks.empty(part, &mut self.cache);
+            self.counts.evictions += 1;
         }
         let ram = std::sync::Arc::clone(&core.ram);
         let record = ram.code().page(key.page());
@@ -356,9 +398,18 @@ impl Translator {
                 checks: &emitter.checks,
                 helped,
             };
+            self.counts.blocks += 1;
+            self.counts.instructions += self.region.operations.len() as u64;
+            self.counts.code_bytes += emitter.assembler.code.len() as u64;
+            self.counts.branches += emitter.links.len() as u64;
+            if let Some(map) = &self.perf_map {
+                map.name(start, emitter.assembler.code.len(), key.rip, frame::is_user(place.mode));
+            }
             let block = Block::new(key, source, made);
             self.cache.append(&emitter.assembler.code);
-            return Some(self.blocks.add(block));
+            let number = self.blocks.add(block);
+            self.counts.nanoseconds += begin.elapsed().as_nanos() as u64;
+            return Some(number);
         }
     }
 }
@@ -447,5 +498,7 @@ fn read_host<const N: usize>(host: *const u8, bytes: &mut [u8; N]) {
 /// A check failed: fills the soft TLB. False if the interpreter must do the access: it faults, crosses a page, is not RAM, or
 /// would write to code.
 extern "sysv64" fn miss(core: &mut Core, linear: u64, wanted: Wanted) -> bool {
-    core.fill_for_translated(linear, wanted)
+    let filled = core.fill_for_translated(linear, wanted);
+    core.frame.fills += u64::from(filled);
+    filled
 }

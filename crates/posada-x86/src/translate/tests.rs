@@ -260,7 +260,7 @@ fn finish(core: &mut Core) {
 /// Runs blocks of these seeds on both; with `exact`, flags are compared after faults too.
 fn compare(seeds: std::ops::Range<u64>, exact: bool) {
     let (mut one, mut other) = (machine(), machine());
-    let translator = Translator::new().unwrap().at_once();
+    let translator = Translator::new(0).unwrap().at_once();
     other.translator = Some(Box::new(if exact { translator.exact() } else { translator }));
     let mut ends = [0; 2];
     for seed in seeds {
@@ -324,7 +324,7 @@ fn flags_survive_a_jump_cache_slot_that_leads_elsewhere() {
     core.physical_write(RAM, &[0x31, 0xc0, 0xe9, 0xf1, 0x0f, 0, 0]);
     core.physical_write(RAM + 0xff8, &[0xb9, 1, 0, 0, 0, 0x83, 0xf9, 2]);
     core.physical_write(RAM + 0x1000, &[0x72, 1, HLT, 0xff, 0xc0, HLT]);
-    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
     core.set_rip(0);
     finish(&mut core);
     assert_eq!((core.regs[gpr::RAX], core.rip()), (1, 0x1006));
@@ -337,7 +337,7 @@ fn an_instruction_across_two_pages_follows_its_second_page() {
     core.physical_write(RAM + 0xffd, &[0xb8, 0x11, 0x11]);
     core.physical_write(RAM + 0x1000, &[0x11, 0x11, HLT]);
     core.physical_write(0xa000, &[0x22, 0x22, HLT]);
-    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
     let run = |core: &mut Core| {
         (core.halted, core.regs[0]) = (false, 0);
         core.set_rip(0xffd);
@@ -374,7 +374,7 @@ fn code_after_a_system_call_has_the_rights_of_its_own_mode() {
     (core.msr.lstar, core.msr.star) = (0x100, 0x0018_0008 << 32);
     core.segments[seg::SS].access = 0xf3;
     core.update_mode();
-    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
     core.set_rip(0);
     core.regs[gpr::RBX] = 3;
     finish(&mut core);
@@ -386,9 +386,43 @@ fn a_store_over_the_next_instruction_is_seen() {
     let mut core = machine();
     // mov byte [rip + 1], f4h (hlt); nop; nop; inc eax; hlt: the first NOP becomes HLT.
     core.physical_write(RAM, &[0xc6, 0x05, 0, 0, 0, 0, HLT, 0x90, 0x90, 0xff, 0xc0, HLT]);
-    core.translator = Some(Box::new(Translator::new().unwrap().at_once()));
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
     core.set_rip(0);
     core.regs[gpr::RAX] = 0;
     finish(&mut core);
     assert_eq!((core.regs[gpr::RAX], core.rip()), (0, 8));
+}
+
+#[test]
+fn a_full_cache_makes_room_and_what_was_linked_goes_on() {
+    let mut core = machine();
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
+    // 0: call 1000h; dec ecx; jnz 0; hlt. It stays, is linked to what changes, and is evicted once.
+    core.physical_write(RAM, &[0xe8, 0xfb, 0x0f, 0, 0, 0xff, 0xc9, 0x75, 0xf7, HLT]);
+    // 1000h: 400 times add eax, [rbx + ...]; ret: new each time, as its first immediate changes.
+    let mut code = vec![0x05, 0, 0, 0, 0];
+    for number in 0..400_u32 {
+        code.extend([0x03, 0x83]);
+        code.extend((number % 64 * 4).to_le_bytes());
+    }
+    code.push(0xc3);
+    let mut expected = 0_u32;
+    for round in 1..400_u32 {
+        code[1..5].copy_from_slice(&round.to_le_bytes());
+        for (at, part) in code.chunks(64).enumerate() {
+            core.physical_write(RAM + 0x1000 + at as u64 * 64, part);
+        }
+        (core.halted, core.regs[gpr::RCX], core.regs[gpr::RAX]) = (false, 3, u64::from(expected));
+        (core.regs[gpr::RBX], core.regs[gpr::RSP]) = (0x2100, 0x2f00);
+        core.set_rip(0);
+        finish(&mut core);
+        let mut table = [0; 256];
+        core.physical_read(RAM + 0x2100, &mut table);
+        let word = |at: usize| u32::from_le_bytes(table[at * 4..][..4].try_into().unwrap());
+        let sum = (0..400).fold(round, |sum, number| sum.wrapping_add(word(number % 64)));
+        expected = expected.wrapping_add(sum.wrapping_mul(3));
+        assert_eq!(core.regs[gpr::RAX], u64::from(expected), "round {round}");
+    }
+    let counts = core.translator.as_ref().unwrap().counts();
+    assert!(counts.evictions > 16 && counts.outdated > 300 && counts.links > 300, "{counts:?}");
 }

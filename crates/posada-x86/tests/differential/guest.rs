@@ -66,7 +66,7 @@ impl Guest {
     /// One that translates all it can.
     pub fn translating() -> Self {
         let mut guest = Self::new();
-        let translator = Translator::new().expect("memory for code");
+        let translator = Translator::new(0).expect("memory for code");
         guest.core.translator = Some(Box::new(translator.at_once().exact()));
         guest
     }

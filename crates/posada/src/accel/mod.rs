@@ -12,6 +12,7 @@ use posada_engine::cpu::{Baseline, CpuModel, Offer};
 use posada_engine::{Engine, Error};
 use posada_memory::GuestRam;
 use posada_vmm::probe::{self, Choice, Decision, End, Make};
+use posada_x86::Translating;
 use std::fmt;
 use std::sync::Arc;
 
@@ -24,6 +25,9 @@ pub enum Accelerator {
     Kvm,
     /// The software CPU
     Emulate,
+    /// The software CPU, which interprets each instruction
+    #[value(name = "emulate=interpret")]
+    Interpret,
     /// The software CPU, which translates hot code into host code: fast, and not yet trusted
     #[value(name = "emulate=translate")]
     Translate,
@@ -62,15 +66,15 @@ impl Kind {
         }
     }
 
-    /// The processors of a VM on `ram`.
+    /// The processors of a VM on `ram`, with translation like this if this kind translates.
     ///
     /// # Errors
     /// [`Error::Host`] when the host lacks something.
-    pub fn make(self, ram: Arc<GuestRam>, model: &CpuModel) -> Result<Arc<dyn Engine>, Error> {
+    pub fn make(self, ram: Arc<GuestRam>, model: &CpuModel, how: &Translating) -> Result<Arc<dyn Engine>, Error> {
         Ok(match self {
             Self::Kvm => Arc::new(posada_kvm::Kvm::new(ram, model)?),
             Self::Emulator => Arc::new(posada_x86::Emulator::new(ram, model)?),
-            Self::Translator => Arc::new(posada_x86::Emulator::new(ram, model)?.translating()),
+            Self::Translator => Arc::new(posada_x86::Emulator::new(ram, model)?.translating(how.clone())),
         })
     }
 
@@ -79,10 +83,16 @@ impl Kind {
         move |ram| {
             let model = CpuModel::new(&self.offer()?, 1, None)
                 .map_err(|feature| Error::Host(format!("its processor lacks {feature}")))?;
-            self.make(ram, &model)
+            self.make(ram, &model, &TRANSLATING)
         }
     }
 }
+
+/// How code is translated unless somebody says otherwise.
+pub const TRANSLATING: Translating = Translating {
+    cache: 64 << 20,
+    perf_map: None,
+};
 
 /// An engine and why it is that one.
 #[derive(Clone, Debug, PartialEq)]
@@ -128,7 +138,7 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
     let chosen = match wanted {
         Accelerator::Auto => auto(false),
         Accelerator::Kvm => asked(Kind::Kvm)?,
-        Accelerator::Emulate => asked(Kind::Emulator)?,
+        Accelerator::Emulate | Accelerator::Interpret => asked(Kind::Emulator)?,
         Accelerator::Translate => asked(Kind::Translator)?,
     };
     let cached = chosen.decision.as_ref().is_some_and(|(_, cached)| *cached);
