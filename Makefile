@@ -11,7 +11,7 @@ help:
 	@echo "make build   build target/release/posada"
 	@echo "make bare    build the bare test programs into target/bare"
 	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
-	@echo "make lint, make unit, make e2e, make nested    the parts of make test"
+	@echo "make lint, make unit, make e2e, make e2e-translate, make nested    the parts of make test"
 	@echo "make nested-all    every test on KVM, in a test host (30 minutes)"
 	@echo "make fmt     format the Rust code"
 
@@ -39,19 +39,27 @@ image:
 	@scripts/image >/dev/null
 
 # One VM at a time: a test's time limit must not depend on its neighbours.
+END_TO_END = POSADA_BIN=$(CURDIR)/target/release/posada $(CARGO) test -p posada-tests
+ONE_BY_ONE = -- --test-threads=1 --skip on_kvm
+
+# What the interpreter may do otherwise than the translator; e2e-translate has the rest too.
 e2e: build bare image
-	POSADA_BIN=$(CURDIR)/target/release/posada $(CARGO) test -p posada-tests -- --test-threads=1 --skip on_kvm
+	POSADA_SOFTWARE_CPU=interpret $(END_TO_END) --test bare --test gdb --test debian $(ONE_BY_ONE) \
+		--skip four_cpus_lose_no_wake_up --skip what_is_written_outlives --skip a_disk_that_is_read_only
+
+e2e-translate: build bare image
+	POSADA_SOFTWARE_CPU=translate $(END_TO_END) $(ONE_BY_ONE)
 
 # The tests that need a real KVM have it in a test host; without QEMU they say that they are skipped. `nested` has those
 # that a busy machine does not disturb.
-ON_KVM = POSADA_BIN=$(CURDIR)/target/release/posada $(CARGO) test -p posada-tests -- --test-threads=1 --nocapture
+ON_KVM = $(END_TO_END) -- --test-threads=1 --nocapture
 nested: build bare image
 	$(ON_KVM) on_kvm_auto on_kvm_guests_end
 
 nested-all: build bare image
 	$(ON_KVM) on_kvm
 
-test: lint unit e2e nested
+test: lint unit e2e e2e-translate nested
 
 bench: build
 	bench/run
@@ -67,4 +75,4 @@ fuzz:
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
 
 .DEFAULT_GOAL := help
-.PHONY: help build bare image fmt demo lint unit e2e nested nested-all test bench soak fuzz
+.PHONY: help build bare image fmt demo lint unit e2e e2e-translate nested nested-all test bench soak fuzz

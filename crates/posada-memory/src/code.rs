@@ -7,8 +7,8 @@
 //! always sees the other, and a page whose code is overwritten is plain data again.
 
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 use vm_memory::bitmap::{Bitmap, BitmapSlice, WithBitmapSlice};
 
 /// One page's record. All zeroes: no code.
@@ -76,6 +76,12 @@ impl CodePage {
     }
 }
 
+/// Who wants to know of changes of code at once.
+pub trait CodeListener: std::fmt::Debug + Send + Sync {
+    /// [`CodeMap::changes`] has grown. Called by whoever wrote, on any thread.
+    fn code_changed(&self);
+}
+
 /// The records of all of guest RAM (16 bytes a page, thin as RAM itself).
 #[derive(Debug)]
 pub struct CodeMap {
@@ -84,6 +90,7 @@ pub struct CodeMap {
     changes: AtomicU64,
     /// The page of each of the last changes, in the low [`PAGE_BITS`], and the low bits of the change's number.
     log: [AtomicU64; LOG],
+    listener: RwLock<Option<Weak<dyn CodeListener>>>,
 }
 
 /// Changes that are remembered.
@@ -119,6 +126,7 @@ impl CodeMap {
             count,
             changes: AtomicU64::new(0),
             log: std::array::from_fn(|_| AtomicU64::new(u64::MAX)),
+            listener: RwLock::new(None),
         })
     }
 
@@ -151,6 +159,15 @@ impl CodeMap {
         let number = self.changes.fetch_add(1, Ordering::SeqCst);
         let entry = number << PAGE_BITS | gpa / crate::PAGE_SIZE;
         self.log[number as usize % LOG].store(entry, Ordering::Release);
+        let listener = self.listener.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(listener) = listener.as_ref().and_then(Weak::upgrade) {
+            listener.code_changed();
+        }
+    }
+
+    /// Has this one, instead of any other, told of all changes from now on, as long as it lives.
+    pub fn listen(&self, listener: Weak<dyn CodeListener>) {
+        *self.listener.write().unwrap_or_else(PoisonError::into_inner) = Some(listener);
     }
 
     /// The page (its guest physical address) whose version the change of this number raised, counted as
@@ -240,7 +257,10 @@ mod tests {
         assert!(map.written(0x1ffc, 8));
         map.invalidate(0x5000);
         let changes: Vec<_> = (0..4).map(|number| map.changed(number)).collect();
-        assert_eq!((map.changes(), changes), (3, vec![Some(0x1000), Some(0x2000), Some(0x5000), None]));
+        assert_eq!(
+            (map.changes(), changes),
+            (3, vec![Some(0x1000), Some(0x2000), Some(0x5000), None])
+        );
         for _ in 0..LOG {
             map.invalidate(0x7000);
         }

@@ -4,7 +4,7 @@
 mod code;
 mod mapping;
 
-pub use code::{CodeMap, CodePage, CodeSlice};
+pub use code::{CodeListener, CodeMap, CodePage, CodeSlice};
 
 use mapping::Mapping;
 use std::sync::Arc;

@@ -223,15 +223,27 @@ fn a_busy_vm_of_the_interpreter_goes_on_on_the_translator() {
 }
 
 #[test]
-fn a_busy_vm_of_the_software_cpu_goes_on_on_kvm() {
+fn a_busy_vm_of_the_interpreter_goes_on_on_kvm() {
     let Some(host) = TestHost::start() else { return };
-    two_moments_of_a_busy_vm_go_on(HERE, kvm(&host));
+    two_moments_of_a_busy_vm_go_on(INTERPRETER, kvm(&host));
 }
 
 #[test]
-fn a_busy_vm_on_kvm_goes_on_on_the_software_cpu() {
+fn a_busy_vm_of_the_translator_goes_on_on_kvm() {
     let Some(host) = TestHost::start() else { return };
-    two_moments_of_a_busy_vm_go_on(kvm(&host), HERE);
+    two_moments_of_a_busy_vm_go_on(TRANSLATOR, kvm(&host));
+}
+
+#[test]
+fn a_busy_vm_on_kvm_goes_on_on_the_interpreter() {
+    let Some(host) = TestHost::start() else { return };
+    two_moments_of_a_busy_vm_go_on(kvm(&host), INTERPRETER);
+}
+
+#[test]
+fn a_busy_vm_on_kvm_goes_on_on_the_translator() {
+    let Some(host) = TestHost::start() else { return };
+    two_moments_of_a_busy_vm_go_on(kvm(&host), TRANSLATOR);
 }
 
 #[test]

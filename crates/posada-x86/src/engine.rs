@@ -71,6 +71,7 @@ impl Emulator {
 
     /// Lets its processors translate hot 64-bit code instead of interpreting it.
     pub fn translating(mut self, how: Translating) -> Self {
+        self.vm.watch_code(&self.ram);
         self.translation = Some(how);
         self
     }

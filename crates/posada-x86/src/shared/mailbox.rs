@@ -30,6 +30,8 @@ pub(crate) const POSTED: u32 = 1 << 4;
 pub(crate) const LOOK: u32 = 1 << 5;
 /// Another vCPU found code: see [`crate::shared::Shared::announce_code`]. Nothing to wake up for.
 pub(crate) const CODE: u32 = 1 << 6;
+/// Code has changed: what was made of it is not to run in circles. Nothing to wake up for either.
+pub(crate) const CHANGED: u32 = 1 << 7;
 /// The vCPU sleeps, or is about to.
 const ASLEEP: u32 = 1 << 30;
 /// The vCPU is outside `run`.
@@ -37,7 +39,7 @@ const AWAY: u32 = 1 << 31;
 
 /// Bits of the word that ask for something.
 pub(crate) const WORK: u32 = !(ASLEEP | AWAY);
-const AWAKENING: u32 = WORK & !CODE;
+const AWAKENING: u32 = WORK & !(CODE | CHANGED);
 
 /// What the local APIC lets others know, to find the destinations of their interrupts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -336,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn code_wakes_nobody_and_hides_no_wake_up() {
+    fn code_and_its_changes_wake_nobody_and_hide_no_wake_up() {
         let mailbox = Arc::new(Mailbox::default());
         mailbox.enter();
         let sleeper = Arc::clone(&mailbox);
@@ -354,7 +356,8 @@ mod tests {
             std::thread::yield_now();
         }
         mailbox.post(CODE);
+        mailbox.post(CHANGED);
         mailbox.kick();
-        assert_eq!(thread.join().unwrap() & (CODE | KICK), CODE | KICK);
+        assert_eq!(thread.join().unwrap() & WORK, CODE | CHANGED | KICK);
     }
 }

@@ -11,9 +11,10 @@ use crate::clock::{self, Rate};
 use alarm::Alarms;
 use posada_engine::clock::{Moment, real_time_ns};
 use posada_engine::cpu::CpuModel;
+use posada_memory::{CodeListener, GuestRam};
 use std::io;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 
 /// One VM's processors, for whoever sends them something.
 #[derive(Debug)]
@@ -116,6 +117,12 @@ impl Vm {
         self.clock_settings.fetch_add(1, Ordering::Release);
     }
 
+    /// Lets its processors, which translate the code in `ram`, look for changes of it whenever there are some.
+    pub fn watch_code(self: &Arc<Self>, ram: &GuestRam) {
+        let this: Weak<Self> = Arc::downgrade(self);
+        ram.code().listen(this);
+    }
+
     /// How often the clock was set.
     pub(crate) fn clock_settings(&self) -> u64 {
         self.clock_settings.load(Ordering::Acquire)
@@ -137,6 +144,13 @@ impl Vm {
     /// A number that goes round: `0..of`.
     pub(crate) fn turn(&self, of: usize) -> usize {
         self.turn.fetch_add(1, Ordering::Relaxed) as usize % of
+    }
+}
+
+/// Translated code looks at nothing but events: a loop of it would not see that it is no longer the guest's.
+impl CodeListener for Vm {
+    fn code_changed(&self) {
+        self.mailboxes.iter().for_each(|mailbox| mailbox.post(mailbox::CHANGED));
     }
 }
 

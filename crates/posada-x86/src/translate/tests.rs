@@ -4,6 +4,13 @@ use super::{Ran, Translator};
 use crate::core::{Core, flag, gpr, seg};
 use crate::flags::tests::Operands;
 use crate::mmu::tests::core;
+use crate::shared::mailbox::KICK;
+use posada_engine::{Kick, Machine};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+use vm_memory::{Bytes, GuestAddress};
 
 /// Linear pages: code at 0, two of data from 1000h on, a gap, one that is read-only.
 const DATA: u64 = 0x1000;
@@ -424,5 +431,55 @@ fn a_full_cache_makes_room_and_what_was_linked_goes_on() {
         assert_eq!(core.regs[gpr::RAX], u64::from(expected), "round {round}");
     }
     let counts = core.translator.as_ref().unwrap().counts();
-    assert!(counts.evictions > 16 && counts.outdated > 300 && counts.links > 300, "{counts:?}");
+    assert!(
+        counts.evictions > 16 && counts.outdated > 300 && counts.links > 300,
+        "{counts:?}"
+    );
+}
+
+/// Tells of each OUT.
+struct Told(Mutex<Sender<()>>);
+
+impl Machine for Told {
+    fn port_read(&self, _: u16, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn port_write(&self, _: u16, _: &[u8]) {
+        self.0.lock().unwrap().send(()).unwrap();
+    }
+    fn mmio_read(&self, _: u64, data: &mut [u8]) {
+        data.fill(0xff);
+    }
+    fn mmio_write(&self, _: u64, _: &[u8]) {}
+    fn end_of_interrupt(&self, _: u8) {}
+}
+
+#[test]
+fn a_loop_sees_that_a_device_wrote_over_it_though_nothing_else_happens() {
+    let mut core = machine();
+    let (sender, receiver) = channel();
+    core.machine = Arc::new(Told(Mutex::new(sender)));
+    // 0: mov ecx, 1000; 5: nop; loop 5; out 80h, al. 0ah: jmp 40h. 40h: jmp 0ah
+    core.physical_write(RAM, &[0xb9, 0xe8, 3, 0, 0, 0x90, 0xe2, 0xfd, 0xe6, 0x80, 0xeb, 0x34]);
+    core.physical_write(RAM + 0x40, &[0xeb, 0xc8]);
+    core.shared.vm().watch_code(&core.ram);
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
+    core.set_rip(0);
+    let (ram, mailbox) = (Arc::clone(&core.ram), Arc::clone(core.shared.mailbox()));
+    let (ended, end) = channel::<()>();
+    let device = thread::spawn(move || {
+        receiver.recv().unwrap();
+        // Long enough for the loop to be translated and linked.
+        thread::sleep(Duration::from_millis(50));
+        ram.memory().write_slice(&[HLT], GuestAddress(RAM + 0x40)).unwrap();
+        if end.recv_timeout(Duration::from_secs(20)).is_err() {
+            mailbox.kick();
+        }
+    });
+    while !core.halted && core.shared.mailbox().take() & KICK == 0 {
+        core.execute();
+    }
+    let _ = ended.send(());
+    device.join().unwrap();
+    assert_eq!((core.halted, core.rip()), (true, 0x41));
 }
