@@ -110,7 +110,8 @@ pub struct Arguments {
     #[arg(long, value_enum, default_value_t = Accelerator::Auto)]
     accel: Accelerator,
 
-    /// Memory for translated code, where code is translated; when it is full, the oldest makes room
+    /// Memory for translated code, where code is translated, but at least 2 MiB for each CPU; when it is full, the oldest
+    /// makes room
     #[arg(long, value_name = "SIZE", value_parser = size::parse, default_value = "64M")]
     translation_cache: u64,
 
@@ -215,14 +216,6 @@ fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen
             chosen.model(arguments.cpus.unwrap_or(1), level.baseline())?
         }
     };
-    let least = posada_x86::translate::LEAST_CACHE as u64 * u64::from(model.cpus);
-    if chosen.kind == Kind::Translator && arguments.translation_cache < least {
-        return Err(anyhow!(
-            "--translation-cache is too small for {} CPUs: give at least {}",
-            model.cpus,
-            size::of(least)
-        ));
-    }
     let disks = arguments.disks.iter().map(|text| disk(text)).collect();
     let mut config = Config {
         kernel: arguments.kernel.clone().unwrap_or_default(),

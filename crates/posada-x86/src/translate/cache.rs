@@ -7,9 +7,10 @@ use std::ops::Range;
 /// Parts of a cache. Emptying one takes a sixteenth of the time that emptying all of a cache would.
 pub const PARTS: usize = 16;
 /// More than the code of any block takes, in bytes.
-pub const LARGEST: usize = 64 << 10;
+const LARGEST: usize = 64 << 10;
 /// The least size of a cache, in bytes.
-pub const LEAST: usize = PARTS * 2 * LARGEST;
+const LEAST: usize = PARTS * 2 * LARGEST;
+const _: () = assert!(LEAST == 2 << 20, "as the help of --translation-cache says");
 /// The stubs lie before the parts.
 const STUBS: usize = 16 << 10;
 

@@ -27,7 +27,6 @@ mod table;
 mod tests;
 mod trap;
 
-pub use cache::LEAST as LEAST_CACHE;
 pub use perf_map::PerfMap;
 pub use run::{Ran, Translator};
 pub(crate) use stubs::Wanted;
