@@ -1,6 +1,6 @@
 //! The bare programs of `guest/bare` in a VM: what user mode cannot reach, and guests that end badly.
 
-use posada_tests::{Ended, Launch, Place, Process, bare_program};
+use posada_tests::{Ended, Folder, Launch, Place, Process, bare_program};
 use std::process::Command;
 use std::time::Duration;
 
@@ -14,7 +14,11 @@ fn bare(name: &str, cpus: u32) -> Launch {
 
 /// Runs a program that checks things; all of them must hold.
 fn all_ok(name: &str, cpus: u32) {
-    let ended = bare(name, cpus).start().end();
+    all_hold(&bare(name, cpus));
+}
+
+fn all_hold(launch: &Launch) {
+    let ended = launch.start().end();
     let failures: Vec<&str> = ended.output.lines().filter(|line| line.contains("FAIL")).collect();
     if !failures.is_empty() {
         ended.fail(&format!(
@@ -53,6 +57,7 @@ all_checks_hold! {
     modes_change_there_and_back: "modes" on 1;
     the_local_apic_is_as_the_manual_says: "apic" on 1;
     the_local_apic_is_the_same_beside_others: "apic" on 2;
+    timers_reach_a_cpu_that_computes_in_time: "timer" on 1;
     code_may_change_itself: "selfmod" on 1;
     code_may_be_changed_by_another_cpu: "selfmod" on 2;
     one_cpu_loses_no_wake_up: "smp" on 1;
@@ -61,6 +66,35 @@ all_checks_hold! {
     eight_cpus_agree: "smp" on 8;
     a_hostile_guest_harms_nobody: "hostile" on 1;
     a_hostile_guest_with_two_cpus_harms_nobody: "hostile" on 2;
+}
+
+/// Code that other processors and a disk change while it runs. Not for the test host: its processors take turns, and those
+/// that wait for each other here would wait for those turns.
+fn running_code_changes(cpus: u32) {
+    let folder = Folder::new();
+    let sector = |number: u32| {
+        // Two NOPs, mov $number, %eax, ret: see guest/bare/patch.c.
+        let mut bytes = [&[0x90, 0x90, 0xb8][..], &number.to_le_bytes(), &[0xc3]].concat();
+        bytes.resize(512, 0x90);
+        bytes
+    };
+    let disk = folder.file("code.raw", &(0..64).flat_map(sector).collect::<Vec<u8>>());
+    all_hold(&bare("patch", cpus).disk(disk));
+}
+
+#[test]
+fn running_code_may_be_changed_by_a_device() {
+    running_code_changes(1);
+}
+
+#[test]
+fn running_code_may_be_changed_by_a_device_or_another_cpu() {
+    running_code_changes(2);
+}
+
+#[test]
+fn running_code_may_be_changed_on_four_cpus() {
+    running_code_changes(4);
 }
 
 fn triple_fault(place: &Place) {
