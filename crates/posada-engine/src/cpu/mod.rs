@@ -10,7 +10,7 @@ mod features;
 pub use baseline::Baseline;
 pub use features::{BITS, Bit, By, Features};
 
-use features::EAX;
+use features::{EAX, EBX};
 use serde::{Deserialize, Serialize};
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
@@ -117,9 +117,25 @@ fn components(features: &Features) -> Vec<Component> {
     (2..8).filter(|&bit| wanted(bit)).map(component).collect()
 }
 
+/// A processor as [`CpuModel::signature`] that has AVX2 and nothing newer that compilers take for granted: Intel's Broadwell
+/// (06_47H), AMD's Zen 3 (19H, 21H).
+const BROADWELL: u32 = 0x0004_0671;
+const ZEN_3: u32 = 0x00a2_0f10;
+
+/// The signature to show, for a host's own. Code made for several processors may be chosen by model alone (GCC's
+/// `target_clones` with `arch=`): who lacks AVX-512 must not look like one that always has it.
+fn signature(own: u32, amd: bool, host_has_avx512: bool, features: &Features) -> u32 {
+    match (host_has_avx512 && !features.avx512f, amd) {
+        (false, _) => own,
+        (true, false) => BROADWELL,
+        (true, true) => ZEN_3,
+    }
+}
+
 impl CpuModel {
     /// The most that a VM of `cpus` processors can have, or no more than `baseline`, out of what an engine offers. Vendor,
-    /// family, model and caches are the host's, so that software picks the code that suits it.
+    /// family, model and caches are the host's, so that software picks the code that suits it; family and model are those of
+    /// an older processor where AVX-512 is the host's alone.
     ///
     /// # Errors
     /// The name of a feature of the baseline that is missing.
@@ -138,7 +154,12 @@ impl CpuModel {
             .take_while(|cache| cache[EAX] & 31 != 0);
         Ok(Self {
             vendor: [b, c, d],
-            signature: host(1, 0)[EAX],
+            signature: signature(
+                host(1, 0)[EAX],
+                is_amd([b, c, d]),
+                host(7, 0)[EBX] >> 16 & 1 != 0,
+                &features,
+            ),
             features,
             arch_capabilities: if features.arch_capabilities {
                 offer.arch_capabilities
@@ -321,7 +342,7 @@ fn text(bytes: &[u8]) -> [u32; 4] {
 
 #[cfg(test)]
 mod tests {
-    use super::features::{EBX, ECX, EDX};
+    use super::features::{ECX, EDX};
     use super::*;
 
     fn offer() -> Offer {
@@ -337,6 +358,22 @@ mod tests {
 
     fn model(cpus: u32) -> CpuModel {
         CpuModel::new(&offer(), cpus, None).unwrap()
+    }
+
+    #[test]
+    fn who_lacks_avx512_is_no_model_that_always_has_it() {
+        const ROCKET_LAKE: u32 = 0x000a_0671;
+        const ZEN_4: u32 = 0x00a6_0f12;
+        let with = Features {
+            avx512f: true,
+            ..Features::default()
+        };
+        let without = Features::default();
+        assert_eq!(signature(ROCKET_LAKE, false, true, &with), ROCKET_LAKE);
+        assert_eq!(signature(ROCKET_LAKE, false, true, &without), BROADWELL);
+        assert_eq!(signature(ZEN_4, true, true, &without), ZEN_3);
+        // A host without keeps what it is.
+        assert_eq!(signature(0x000b_06f2, false, false, &without), 0x000b_06f2);
     }
 
     #[test]
