@@ -192,15 +192,16 @@ impl Region {
         if self.exact {
             return true;
         }
+        let table = by_table(self.operations[at].1.kind);
         for (_, operation) in self.operations[..at].iter().rev() {
-            if operation.reads != 0 {
+            if operation.reads != 0 && !(table && !bounds(operation.kind)) {
                 return false;
             }
             if operation.changes != 0 {
                 return operation.tells;
             }
         }
-        false
+        table
     }
 
     /// Flags that the code at `rip` may read before it replaces them.
@@ -223,7 +224,13 @@ impl Region {
                 Kind::Branch(_, target) | Kind::Count(_, target) => {
                     live |= unknown & self.ahead(reader, page, target, left / 2);
                 }
-                kind if anywhere(kind) => return if self.exact { live | unknown } else { live },
+                kind if anywhere(kind) => {
+                    return if self.exact || by_table(kind) {
+                        live | unknown
+                    } else {
+                        live
+                    };
+                }
                 _ => {}
             }
         }
@@ -242,6 +249,16 @@ fn accesses(kind: Kind) -> bool {
 /// True if nothing of the block follows.
 fn leaves(kind: Kind) -> bool {
     matches!(kind, Kind::Jump(_) | Kind::Call(_) | Kind::System(System::SetAccess(_))) || anywhere(kind)
+}
+
+/// True for a jump by a table: compilers let what comes after it use flags of a comparison before it.
+fn by_table(kind: Kind) -> bool {
+    matches!(kind, Kind::JumpMemory(memory) if memory.index.is_some())
+}
+
+/// True for a branch as it guards a table (JB, JAE, JBE, JA): nobody reads the flags of that comparison again.
+fn bounds(kind: Kind) -> bool {
+    matches!(kind, Kind::Branch(condition, _) if matches!(condition & 15, 2 | 3 | 6 | 7))
 }
 
 /// True if the successor's flags are not looked at.

@@ -338,6 +338,31 @@ fn flags_survive_a_jump_cache_slot_that_leads_elsewhere() {
 }
 
 #[test]
+fn flags_survive_a_jump_by_a_table() {
+    // As GCC compiles `switch` with comparisons of one value in its cases. The table is at 2000h: js, jg.
+    for (value, case, expected) in [(-5_i64, 0, 1), (5, 0, 0), (5, 1, 1), (-5, 1, 0)] {
+        let mut core = machine();
+        // 0: test edx, edx; jne 20h; hlt. 20h: jmp [rbx * 8 + 2000h]
+        core.physical_write(RAM, &[0x85, 0xd2, 0x75, 0x1c, HLT]);
+        core.physical_write(RAM + 0x20, &[0xff, 0x24, 0xdd, 0x00, 0x20, 0, 0]);
+        // 40h: js 60h; hlt. 50h: jg 60h; hlt. 60h: inc eax; hlt
+        core.physical_write(RAM + 0x40, &[0x78, 0x1e, HLT]);
+        core.physical_write(RAM + 0x50, &[0x7f, 0x0e, HLT]);
+        core.physical_write(RAM + 0x60, &[0xff, 0xc0, HLT]);
+        core.physical_write(0xa000, &0x40_u64.to_le_bytes());
+        core.physical_write(0xa008, &0x50_u64.to_le_bytes());
+        core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
+        for _ in 0..2 {
+            (core.halted, core.regs[gpr::RAX], core.regs[gpr::RBX]) = (false, 0, case);
+            core.regs[gpr::RDX] = value as u32 as u64;
+            core.set_rip(0);
+            finish(&mut core);
+            assert_eq!(core.regs[gpr::RAX], expected, "{value} in case {case}");
+        }
+    }
+}
+
+#[test]
 fn an_instruction_across_two_pages_follows_its_second_page() {
     let mut core = machine();
     // 0ffdh: mov eax, 11111111h, with two bytes of it in the next page; hlt.
