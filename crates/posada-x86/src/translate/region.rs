@@ -194,7 +194,7 @@ impl Region {
         }
         let table = by_table(self.operations[at].1.kind);
         for (_, operation) in self.operations[..at].iter().rev() {
-            if operation.reads != 0 && !(table && !bounds(operation.kind)) {
+            if operation.reads != 0 && (!table || bounds(operation.kind)) {
                 return false;
             }
             if operation.changes != 0 {
