@@ -13,6 +13,7 @@ help:
 	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
 	@echo "make lint, make unit, make e2e, make e2e-translate, make nested    the parts of make test"
 	@echo "make nested-all    every test on KVM, in a test host (30 minutes)"
+	@echo "make heavy   hard work in Debian on the translator, not part of make test (20 minutes)"
 	@echo "make fmt     format the Rust code"
 
 build:
@@ -59,6 +60,11 @@ nested: build bare image
 nested-all: build bare image
 	$(ON_KVM) on_kvm
 
+# Compilers, interpreters that compile, libraries' own tests, the kernel's probes, in Debian on the translator.
+heavy: build
+	@scripts/image vmlinuz initramfs.cpio heavy.raw >/dev/null
+	POSADA_SOFTWARE_CPU=$(or $(POSADA_SOFTWARE_CPU),translate) $(END_TO_END) --test heavy -- --test-threads=1 --ignored
+
 test: lint unit e2e e2e-translate nested
 
 bench: build
@@ -75,4 +81,4 @@ fuzz:
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
 
 .DEFAULT_GOAL := help
-.PHONY: help build bare image fmt demo lint unit e2e e2e-translate nested nested-all test bench soak fuzz
+.PHONY: help build bare image fmt demo lint unit e2e e2e-translate nested nested-all heavy test bench soak fuzz

@@ -34,10 +34,22 @@ pub fn image(name: &str) -> PathBuf {
 /// # Panics
 /// When it cannot be copied.
 pub fn root_disk(folder: &Folder) -> PathBuf {
+    disk_like(folder, "root.raw")
+}
+
+/// A root disk with what `scripts/image heavy.raw` adds.
+///
+/// # Panics
+/// When it cannot be copied.
+pub fn heavy_disk(folder: &Folder) -> PathBuf {
+    disk_like(folder, "heavy.raw")
+}
+
+fn disk_like(folder: &Folder, name: &str) -> PathBuf {
     let path = folder.path().join("root.raw");
     let copied = Command::new("cp")
         .args(["--sparse=always", "--reflink=auto"])
-        .args([&image("root.raw"), &path])
+        .args([&image(name), &path])
         .status();
     assert!(copied.is_ok_and(|status| status.success()), "cannot copy the root disk");
     path
@@ -55,13 +67,25 @@ pub fn small_linux() -> Launch {
 
 /// Debian on `disk`, as /dev/vda.
 pub fn debian(disk: &Path) -> Launch {
+    debian_in("512M", disk)
+}
+
+/// The same in `memory`.
+pub fn debian_in(memory: &str, disk: &Path) -> Launch {
     Launch::run()
         .kernel(image("vmlinuz"))
         .initramfs(image("initramfs.cpio"))
         .cmdline(&format!("{CONSOLE} root=/dev/vda rw"))
-        .memory("512M")
+        .memory(memory)
         .disk(disk)
         .patience(PATIENCE)
+}
+
+/// A disk with a script on it, for `python3 /dev/vdX`: the space behind it is empty lines.
+pub fn script_disk(folder: &Folder, script: &str) -> String {
+    let mut content = script.as_bytes().to_vec();
+    content.resize(content.len().next_multiple_of(512), b'\n');
+    format!("{},ro", folder.file("script.raw", &content).display())
 }
 
 /// What follows is asked of a guest's shell.

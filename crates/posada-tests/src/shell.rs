@@ -2,6 +2,28 @@
 
 use crate::process::{Ended, Process};
 
+/// Words that the kernel says when something is wrong.
+const TROUBLE: [&str; 18] = [
+    "Oops",
+    "BUG:",
+    "WARNING:",
+    "Call Trace",
+    "lockup",
+    "stall",
+    "blocked for more than",
+    "scheduling while atomic",
+    "general protection",
+    "segfault",
+    "traps:",
+    "unable to handle",
+    "I/O error",
+    "EXT4-fs error",
+    "nobody cared",
+    "unexpected IRQ",
+    "did not come online",
+    "Marking TSC unstable",
+];
+
 /// A process at a POSIX shell's prompt.
 pub struct Shell {
     process: Process,
@@ -46,6 +68,21 @@ impl Shell {
             command: command.to_string(),
             output: output.trim().to_string(),
             status: status.parse().expect("a shell's statuses are numbers"),
+        }
+    }
+
+    /// Checks what the guest's Linux has said since its start.
+    ///
+    /// # Panics
+    /// When that is something wrong.
+    #[track_caller]
+    pub fn kernel_is_well(&mut self) {
+        self.run("dmesg --level=emerg,alert,crit,err").expect("");
+        let log = self.run("dmesg").success().output.clone();
+        assert!(log.contains("Linux version"), "the log is not whole: {log}");
+        for line in log.lines() {
+            let trouble = TROUBLE.iter().find(|word| line.contains(**word));
+            assert!(trouble.is_none(), "the kernel says: {line}");
         }
     }
 

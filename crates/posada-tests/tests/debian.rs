@@ -1,49 +1,15 @@
 //! Debian, as the distribution made it, in a VM: it starts, its programs give the results that they give elsewhere, wake-ups
 //! and writes are not lost, and it powers off.
 
-use posada_tests::{Folder, Launch, Shell, debian, image, root_disk, small_linux};
+use posada_tests::{Folder, Launch, Shell, debian, image, root_disk, script_disk, small_linux};
 use std::path::Path;
 use std::process::Command;
-
-/// Words that the kernel says when something is wrong.
-const TROUBLE: [&str; 18] = [
-    "Oops",
-    "BUG:",
-    "WARNING:",
-    "Call Trace",
-    "lockup",
-    "stall",
-    "blocked for more than",
-    "scheduling while atomic",
-    "general protection",
-    "segfault",
-    "traps:",
-    "unable to handle",
-    "I/O error",
-    "EXT4-fs error",
-    "nobody cared",
-    "unexpected IRQ",
-    "did not come online",
-    "Marking TSC unstable",
-];
 
 /// Waits for the prompt that follows the start.
 fn shell(launch: &Launch) -> Shell {
     let mut vm = launch.start();
     vm.prompt();
     vm.shell()
-}
-
-/// Checks what the kernel has said since its start.
-#[track_caller]
-fn kernel_is_well(shell: &mut Shell) {
-    shell.run("dmesg --level=emerg,alert,crit,err").expect("");
-    let log = shell.run("dmesg").success().output.clone();
-    assert!(log.contains("Linux version"), "the log is not whole: {log}");
-    for line in log.lines() {
-        let trouble = TROUBLE.iter().find(|word| line.contains(**word));
-        assert!(trouble.is_none(), "the kernel says: {line}");
-    }
 }
 
 /// `systemctl poweroff`; the file system on `disk` must be clean then.
@@ -72,13 +38,6 @@ fn host(command: &Path) -> String {
 
 fn source(path: &str) -> std::path::PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(path)
-}
-
-/// A disk with a script on it, for `python3 /dev/vdX`: the space behind it is empty lines.
-fn script_disk(folder: &Folder, script: &str) -> String {
-    let mut content = script.as_bytes().to_vec();
-    content.resize(content.len().next_multiple_of(512), b'\n');
-    format!("{},ro", folder.file("script.raw", &content).display())
 }
 
 /// Runs `guest/wakeups.py`; no delay may be one that only a lucky event has ended.
@@ -113,7 +72,7 @@ fn programs_give_the_results_that_they_give_on_the_host() {
     assert!(made.is_ok_and(|status| status.success()), "cannot make the programs");
     shell.run("sums32").expect(&host(&sums.join("sums32")));
     shell.run("selfcheck").expect(&host(&source("guest/image/selfcheck")));
-    kernel_is_well(&mut shell);
+    shell.kernel_is_well();
     power_off(shell, &disk);
 }
 
@@ -124,7 +83,7 @@ fn cpus_work_together(cpus: u32) {
     let mut shell = shell(&debian(&disk).disk(script).cpus(cpus));
     shell.run("nproc").expect(&cpus.to_string());
     no_wake_up_is_lost(&mut shell);
-    kernel_is_well(&mut shell);
+    shell.kernel_is_well();
     power_off(shell, &disk);
 }
 
@@ -163,7 +122,7 @@ fn what_is_written_outlives_a_reboot_and_a_killed_vm() {
     assert_ne!(second.run("cat /proc/sys/kernel/random/boot_id").success().output, boot);
     second.run("sha256sum /root/before").expect(&before);
     second.run("nproc").expect("2");
-    kernel_is_well(&mut second);
+    second.kernel_is_well();
     // While it runs the disk is its own.
     let refused = debian(&disk).start().end();
     refused.expect_code(125);
