@@ -91,6 +91,7 @@ pub struct CodeMap {
     /// The page of each of the last changes, in the low [`PAGE_BITS`], and the low bits of the change's number.
     log: [AtomicU64; LOG],
     listener: RwLock<Option<Weak<dyn CodeListener>>>,
+    device_writes: AtomicU64,
 }
 
 /// Changes that are remembered.
@@ -127,6 +128,7 @@ impl CodeMap {
             changes: AtomicU64::new(0),
             log: std::array::from_fn(|_| AtomicU64::new(u64::MAX)),
             listener: RwLock::new(None),
+            device_writes: AtomicU64::new(0),
         })
     }
 
@@ -178,6 +180,11 @@ impl CodeMap {
         known.then_some((entry & ((1 << PAGE_BITS) - 1)) * crate::PAGE_SIZE)
     }
 
+    /// How often anybody wrote to RAM by way of [`crate::GuestRam::memory`].
+    pub fn device_writes(&self) -> u64 {
+        self.device_writes.load(Ordering::SeqCst)
+    }
+
     /// To be called after every store of `length` bytes to RAM that bypasses [`crate::GuestRam::memory`]; true if code
     /// was hit.
     pub fn written(&self, gpa: u64, length: u64) -> bool {
@@ -224,6 +231,7 @@ impl BitmapSlice for CodeSlice {}
 
 impl Bitmap for CodeSlice {
     fn mark_dirty(&self, offset: usize, len: usize) {
+        self.map.device_writes.fetch_add(1, Ordering::SeqCst);
         self.map.written(self.start + offset as u64, len as u64);
     }
 

@@ -10,6 +10,7 @@ use crate::state::Undelivered;
 use crate::system::steal::Steal;
 use crate::tlb::Mmu;
 use crate::translate::Translator;
+use crate::translate::check::{Checker, Copies, Turns};
 use crate::translate::frame::Frame;
 use posada_engine::{CpuState, DebugControl, DescriptorTable, Machine, Segment};
 use posada_memory::GuestRam;
@@ -223,6 +224,14 @@ pub struct Core {
     pub frame: Frame,
     /// Runs hot code faster, if it is there.
     pub translator: Option<Box<Translator>>,
+    /// Compares what that does with the interpreter, in check mode.
+    pub checker: Option<Box<Checker>>,
+    /// When it may run guest code, in check mode.
+    pub turns: Option<Arc<Turns>>,
+    /// Copies of pages that are stored to; in the shadow of a Core only.
+    pub copies: Option<Copies>,
+    /// Why the VM must end; the processor is shut down too.
+    pub failure: Option<String>,
     /// What the guest has yet to be told of time that the host took.
     pub steal: Steal,
     /// Of the settings of the VM's clock, what the guest was told last: see [`crate::shared::Vm::set_clock`].
@@ -296,6 +305,10 @@ impl Core {
             cache: Cache::default(),
             pauses: 0,
             translator: None,
+            checker: None,
+            turns: None,
+            copies: None,
+            failure: None,
             steal: Steal::default(),
             clock_settings: shared.vm().clock_settings(),
             pvclock_stale: false,

@@ -3,6 +3,7 @@
 use crate::core::Core;
 use crate::interpret::Stop;
 use crate::shared::Vm;
+use crate::translate::check::{Checker, Turns};
 use crate::translate::{PerfMap, Translator};
 use posada_engine::clock::Moment;
 use posada_engine::cpu::{CpuModel, Offer};
@@ -22,6 +23,7 @@ pub struct Emulator {
     ram: Arc<GuestRam>,
     vm: Arc<Vm>,
     translation: Option<Translating>,
+    turns: Arc<Turns>,
 }
 
 /// How a VM's code is translated.
@@ -31,6 +33,8 @@ pub struct Translating {
     pub cache: u64,
     /// Where what they make is named.
     pub perf_map: Option<Arc<PerfMap>>,
+    /// Blocks are compared with the interpreter, and the VM ends at the first difference.
+    pub check: bool,
 }
 
 impl Emulator {
@@ -66,6 +70,7 @@ impl Emulator {
             ram,
             vm,
             translation: None,
+            turns: Arc::default(),
         })
     }
 
@@ -93,7 +98,12 @@ impl Engine for Emulator {
             let size = usize::try_from(how.cache / count as u64).unwrap_or(usize::MAX >> 1);
             let translator = Translator::new(size)
                 .map_err(|error| Error::Host(format!("no memory for translated code: {error}")))?;
-            core.translator = Some(Box::new(translator.named_in(how.perf_map.clone())));
+            let translator = translator.named_in(how.perf_map.clone());
+            core.translator = Some(Box::new(if how.check { translator.checked() } else { translator }));
+            if how.check {
+                core.checker = Some(Box::new(Checker::new(&core)));
+                core.turns = Some(Arc::clone(&self.turns));
+            }
         }
         Ok(Box::new(Processor { core }))
     }
@@ -130,8 +140,13 @@ struct Processor {
 impl Processor {
     fn run_inside(&mut self) -> Exit {
         loop {
+            self.core.leave_turn();
             if let Some(exit) = self.core.service() {
                 return exit;
+            }
+            self.core.leave_turn();
+            if let Some(report) = &self.core.failure {
+                return Exit::Failed(report.clone());
             }
             if self.core.shut_down {
                 return Exit::TripleFault(self.core.dump());
@@ -183,6 +198,9 @@ impl Vcpu for Processor {
             .as_ref()
             .map_or_else(Default::default, |made| made.counts());
         translation.tlb_fills = self.core.frame.fills;
+        if let Some(checker) = &self.core.checker {
+            (translation.judged, translation.not_judged) = checker.counts();
+        }
         Counters {
             instructions: self.core.instructions,
             exits: self.core.exits,
@@ -216,7 +234,7 @@ impl Core {
     }
 
     /// A byte of RAM at a linear address, without side effects.
-    fn peek(&self, linear: u64) -> Option<u8> {
+    pub(crate) fn peek(&self, linear: u64) -> Option<u8> {
         let host = self.ram.host(self.translate(linear)?, 1)?;
         // SAFETY: one byte of guest RAM; guests may change it at any time, hence volatile.
         Some(unsafe { host.read_volatile() })

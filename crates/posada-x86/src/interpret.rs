@@ -148,6 +148,7 @@ impl Core {
     /// Runs guest code until there is a reason to stop; see [`Stop`]. Exceptions are delivered to the guest on the way.
     pub fn execute(&mut self) -> Stop {
         self.activate_translator();
+        let _turn = self.take_turn();
         loop {
             if self.halted || self.shut_down {
                 return Stop::Pending;

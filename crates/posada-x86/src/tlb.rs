@@ -169,6 +169,23 @@ impl Mmu {
         };
     }
 
+    /// Lets all data slots of a page, by its guest physical address, lead to another host page.
+    pub(crate) fn redirect(&mut self, gpa: u64, host: *mut u8) {
+        for slot in self.filled.iter() {
+            let data = !matches!(slot / ENTRIES, FETCH_USER | FETCH_SUPERVISOR);
+            let entry = &mut self.entries[slot];
+            if data && entry.gpa & !0xfff == gpa && !entry.host.is_null() {
+                entry.host = host;
+            }
+        }
+    }
+
+    /// The slot of the current mode for this address is for reads only.
+    pub(crate) fn for_reads_only(&mut self, linear: u64) {
+        let slot = Self::slot(self.active, linear);
+        self.entries[slot].write = Entry::empty(slot).write;
+    }
+
     fn note_size(&mut self, linear: u64, mapping: &Mapping) {
         let set = if linear >> 63 == 0 {
             usize::from(mapping.global)

@@ -237,7 +237,7 @@ fn engine(chosen: &Chosen) -> Check {
             Status::Yes,
             "VMs run on the host's processor, unless --accel emulate says otherwise.",
         ),
-        Kind::Emulator | Kind::Translator => (
+        Kind::Emulator | Kind::Translator | Kind::Checker => (
             Status::Partly,
             "VMs run on the software CPU, unless --accel kvm says otherwise.",
         ),

@@ -310,6 +310,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let translating = Translating {
         cache: arguments.translation_cache,
         perf_map: arguments.perf_map.then(perf_map).transpose()?,
+        ..accel::TRANSLATING
     };
     let make = |kind: Kind, ram, model: &CpuModel| kind.make(ram, model, &translating);
     let report = run_vm(arguments, prepared, &make, &control)?;

@@ -173,6 +173,13 @@ impl Core {
     /// Waits until all other vCPUs have taken notice of the code that this one uses: for serialising instructions.
     /// Takes notice of theirs meanwhile, so that two that wait for each other both go on.
     pub fn serialize(&mut self) {
+        if self.shared.settled() {
+            return;
+        }
+        // In check mode the others need a turn for that.
+        if let Some(turns) = &self.turns {
+            turns.give();
+        }
         let mut round = 0;
         while !self.shared.settled() {
             if self.shared.mailbox().take_code() {
@@ -185,6 +192,9 @@ impl Core {
                 _ => std::thread::sleep(Duration::from_micros(50)),
             }
             round += 1;
+        }
+        if let Some(turns) = &self.turns {
+            turns.take();
         }
     }
 }

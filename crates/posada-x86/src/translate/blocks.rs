@@ -85,6 +85,11 @@ pub struct Block {
     pub entry: u64,
     /// What was read of it.
     pub source: Source,
+    /// Bytes of its code.
+    pub size: u32,
+    /// RIPs of its instructions and of what follows them, with the arithmetic flags that are wanted before each; in check
+    /// mode only.
+    pub wanted: Box<[(u64, u8)]>,
     /// Instructions that its code names.
     _helped: Box<[Helped]>,
     marks: Box<[Mark]>,
@@ -145,6 +150,10 @@ pub struct Made<'a> {
     pub start: u64,
     /// Address of the code behind that.
     pub entry: u64,
+    /// Bytes of the code.
+    pub size: u32,
+    /// [`Block::wanted`].
+    pub wanted: Box<[(u64, u8)]>,
     /// Where instructions begin.
     pub marks: &'a [Mark],
     /// Direct branches.
@@ -169,6 +178,8 @@ impl Block {
             start: made.start,
             entry: made.entry,
             source,
+            size: made.size,
+            wanted: made.wanted,
             _helped: made.helped,
             marks: made.marks.into(),
             branches: made.branches,

@@ -107,6 +107,8 @@ pub struct Emitter {
     at: usize,
     /// R10 is the host address of this group's range.
     held: Option<u8>,
+    /// A branch to the start of its own block leaves it like any other, for who must see each run of a block.
+    pub once: bool,
     /// No groups.
     plain: bool,
     stubs: Stubs,

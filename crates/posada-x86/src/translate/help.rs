@@ -21,6 +21,11 @@ pub struct Helped {
 
 /// Executes an instruction. True if translated code goes on, at [`frame::Frame::target`].
 pub extern "sysv64" fn help(core: &mut Core, helped: &Helped) -> bool {
+    if core.copies.is_some() {
+        // In check mode it is executed once, and not here.
+        core.set_rip(helped.next.wrapping_sub(helped.insn.length.into()));
+        return false;
+    }
     let calm = loop {
         core.set_rip(helped.next);
         core.stop_at = CALM;

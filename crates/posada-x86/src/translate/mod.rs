@@ -5,6 +5,7 @@
 //!   are wanted where, [`emit`] makes its code with the [`assembler`].
 //! - [`frame`] is what that code finds at `gs:`; [`stubs`] are the ways in and out; [`cache`] is its memory.
 //! - [`blocks`] finds, links and forgets blocks; [`run`] runs them.
+//! - [`check`] compares each block with the interpreter, and stops with a [`report`] at the first difference.
 //! - [`trap`] handles what the host's processor raises; [`perf_map`] tells perf what runs.
 //!
 //! Guest registers are in the host registers of the same name, RSP and the flags included; only R10 and R11 belong to the
@@ -13,6 +14,7 @@
 mod assembler;
 mod blocks;
 mod cache;
+pub mod check;
 mod emit;
 pub mod frame;
 pub mod groups;
@@ -20,12 +22,14 @@ mod help;
 mod operation;
 mod perf_map;
 mod region;
+mod report;
 mod run;
 mod stubs;
 mod table;
 #[cfg(test)]
 mod tests;
 mod trap;
+mod undefined;
 
 pub use perf_map::PerfMap;
 pub use run::{Ran, Translator};

@@ -82,6 +82,13 @@ impl Region {
         self.end.expect("read")
     }
 
+    /// RIPs of its instructions and of what follows them, with the arithmetic flags that are wanted before each.
+    pub fn wanted(&self) -> Box<[(u64, u8)]> {
+        let last = self.operations.len() - 1;
+        let rips = self.operations.iter().map(|(rip, _)| *rip).chain([self.after(last)]);
+        rips.zip(self.live.iter().copied()).collect()
+    }
+
     /// Bytes of its instructions.
     pub fn length(&self) -> u64 {
         self.operations

@@ -2,6 +2,7 @@
 
 use super::blocks::{Block, Blocks, Branch, Key, Made, Number, Source};
 use super::cache::CodeCache;
+use super::check::Left;
 use super::emit::{Emitter, NextPage, Place};
 use super::frame::{self, JUMPS, MODES};
 use super::operation::{MAX_LENGTH, Reader, limits};
@@ -58,6 +59,8 @@ pub struct Translator {
     jump_mask: u32,
     counts: Translation,
     perf_map: Option<Arc<PerfMap>>,
+    /// Blocks are to be compared with the interpreter.
+    checked: bool,
 }
 
 impl Translator {
@@ -92,6 +95,7 @@ impl Translator {
             jump_mask,
             counts: Translation::default(),
             perf_map: None,
+            checked: false,
         })
     }
 
@@ -137,6 +141,62 @@ impl Translator {
         self
     }
 
+    /// Makes blocks that can be compared with the interpreter: without RDTSC, which gives something else each time.
+    pub fn checked(mut self) -> Self {
+        (self.checked, self.emitter.once) = (true, true);
+        self
+    }
+
+    /// For check mode: the block at RIP, if it is translated or worth it; with `plain` that without groups.
+    pub(super) fn find_for_check(&mut self, core: &mut Core, plain: bool) -> Option<Number> {
+        let mode = core.translated_mode()?;
+        self.synchronize(core);
+        self.look_up(core, mode, plain)
+    }
+
+    /// For check mode: runs one block, with RIP left where the interpreter is to go on.
+    pub(super) fn enter_for_check(&mut self, core: &mut Core, block: Number) -> Left {
+        let left = self.enter(core, block);
+        self.count(left);
+        match left {
+            Leave::Chain if self.blocks.branch(core.frame.site).plain => return Left::Plain,
+            Leave::Refused => {
+                self.refused(core);
+            }
+            Leave::Trap => self.trapped(core),
+            _ => {}
+        }
+        Left::For(left)
+    }
+
+    /// A block.
+    pub(super) fn block(&self, number: Number) -> &Block {
+        self.blocks.get(number)
+    }
+
+    /// A block's code.
+    pub(super) fn code_of(&self, number: Number) -> &[u8] {
+        let block = self.blocks.get(number);
+        // SAFETY: the block's code is in the cache, which lives as long as `self`.
+        unsafe { std::slice::from_raw_parts(block.start as *const u8, block.size as usize) }
+    }
+
+    /// After [`Leave::Refused`]: RIP is that of the instruction. True if its block will not check for several accesses again.
+    fn refused(&mut self, core: &mut Core) -> bool {
+        let (rip, _) = self.blocks.instruction(core.frame.site);
+        core.set_rip(rip);
+        self.blocks.give_up(core.frame.site, &mut self.cache)
+    }
+
+    /// After [`Leave::Trap`]: RIP is that of the instruction, and the flags are the guest's.
+    fn trapped(&mut self, core: &mut Core) {
+        let (rip, saved) = self.blocks.instruction(core.frame.trap_rip);
+        core.set_rip(rip);
+        if !saved {
+            core.set_arithmetic(core.frame.trap_flags);
+        }
+    }
+
     /// Runs translated code from RIP on until it does not go on.
     pub fn run(&mut self, core: &mut Core) -> Ran {
         if core.translated_mode().is_none() {
@@ -176,9 +236,7 @@ impl Translator {
                 Leave::Poll | Leave::Helped => return Ran::Some,
                 Leave::Interpret => return Ran::Interpret,
                 Leave::Refused => {
-                    let (rip, _) = self.blocks.instruction(core.frame.site);
-                    core.set_rip(rip);
-                    if !self.blocks.give_up(core.frame.site, &mut self.cache) {
+                    if !self.refused(core) {
                         return Ran::Interpret;
                     }
                     let Some(next) = self.find_plain(core) else {
@@ -187,11 +245,7 @@ impl Translator {
                     block = next;
                 }
                 Leave::Trap => {
-                    let (rip, saved) = self.blocks.instruction(core.frame.trap_rip);
-                    core.set_rip(rip);
-                    if !saved {
-                        core.set_arithmetic(core.frame.trap_flags);
-                    }
+                    self.trapped(core);
                     return Ran::Interpret;
                 }
             }
@@ -343,7 +397,7 @@ impl Translator {
                 bytes: &bytes,
                 linear: place.rip - offset,
                 next: None,
-                blocked: core.limits(),
+                blocked: core.limits() | if self.checked { limits::TSC } else { 0 },
             };
             self.region.read(core, &mut self.reader, &page, place.rip);
             if self.region.incomplete {
@@ -393,6 +447,12 @@ impl Translator {
             let made = Made {
                 start,
                 entry: start + emitter.entry as u64,
+                size: emitter.assembler.code.len() as u32,
+                wanted: if self.checked {
+                    self.region.wanted()
+                } else {
+                    Box::default()
+                },
                 marks: &emitter.marks,
                 branches,
                 checks: &emitter.checks,
@@ -418,7 +478,10 @@ impl Core {
     /// Makes this thread ready for [`Core::run_translated`].
     pub fn activate_translator(&mut self) {
         if let Some(mut translator) = self.translator.take() {
-            translator.activate(self);
+            match &mut self.checker {
+                Some(checker) => translator.activate(checker.shadow()),
+                None => translator.activate(self),
+            }
             self.translator = Some(translator);
         }
     }
@@ -447,6 +510,11 @@ impl Core {
         let Some(mut translator) = self.translator.take() else {
             return false;
         };
+        if let Some(checker) = self.checker.take() {
+            let any = self.execute_checked(&mut translator, checker);
+            self.translator = Some(translator);
+            return any;
+        }
         let mut any = false;
         loop {
             let ran = translator.run(self);
@@ -499,6 +567,9 @@ fn read_host<const N: usize>(host: *const u8, bytes: &mut [u8; N]) {
 /// would write to code.
 extern "sysv64" fn miss(core: &mut Core, linear: u64, wanted: Wanted) -> bool {
     let filled = core.fill_for_translated(linear, wanted);
-    core.frame.fills += u64::from(filled);
+    if filled {
+        core.frame.fills += 1;
+        core.redirect(linear, wanted);
+    }
     filled
 }

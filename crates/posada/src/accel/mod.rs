@@ -31,6 +31,9 @@ pub enum Accelerator {
     /// The software CPU, which translates hot code into host code: fast, and not yet trusted
     #[value(name = "emulate=translate")]
     Translate,
+    /// The software CPU, which translates and compares each block with the interpreter; a difference ends the VM
+    #[value(name = "emulate=check")]
+    Check,
 }
 
 /// What the VM gets.
@@ -42,6 +45,8 @@ pub enum Kind {
     Emulator,
     /// The software CPU with its translator.
     Translator,
+    /// The same in check mode.
+    Checker,
 }
 
 impl fmt::Display for Kind {
@@ -50,6 +55,7 @@ impl fmt::Display for Kind {
             Self::Kvm => "KVM",
             Self::Emulator => "the software CPU",
             Self::Translator => "the software CPU with its translator",
+            Self::Checker => "the software CPU, which checks its translator",
         })
     }
 }
@@ -62,7 +68,7 @@ impl Kind {
     fn offer(self) -> Result<Offer, Error> {
         match self {
             Self::Kvm => Ok(posada_kvm::Kvm::offer()?),
-            Self::Emulator | Self::Translator => Ok(posada_x86::Emulator::offer()),
+            Self::Emulator | Self::Translator | Self::Checker => Ok(posada_x86::Emulator::offer()),
         }
     }
 
@@ -74,7 +80,13 @@ impl Kind {
         Ok(match self {
             Self::Kvm => Arc::new(posada_kvm::Kvm::new(ram, model)?),
             Self::Emulator => Arc::new(posada_x86::Emulator::new(ram, model)?),
-            Self::Translator => Arc::new(posada_x86::Emulator::new(ram, model)?.translating(how.clone())),
+            Self::Translator | Self::Checker => {
+                let how = Translating {
+                    check: self == Self::Checker,
+                    ..how.clone()
+                };
+                Arc::new(posada_x86::Emulator::new(ram, model)?.translating(how))
+            }
         })
     }
 
@@ -92,6 +104,7 @@ impl Kind {
 pub const TRANSLATING: Translating = Translating {
     cache: 64 << 20,
     perf_map: None,
+    check: false,
 };
 
 /// An engine and why it is that one.
@@ -140,6 +153,7 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
         Accelerator::Kvm => asked(Kind::Kvm)?,
         Accelerator::Emulate | Accelerator::Interpret => asked(Kind::Emulator)?,
         Accelerator::Translate => asked(Kind::Translator)?,
+        Accelerator::Check => asked(Kind::Checker)?,
     };
     let cached = chosen.decision.as_ref().is_some_and(|(_, cached)| *cached);
     tracing::info!(engine = %chosen.kind, reason = chosen.reason, cached, "engine chosen");

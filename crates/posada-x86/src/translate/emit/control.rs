@@ -137,7 +137,7 @@ impl Emitter {
 
     /// The way on to `target` from a jump: straight, if source and target are mapped together.
     pub(super) fn exit(&mut self, hole: Hole, target: u64, live: bool) {
-        if target == self.start && !self.plain {
+        if target == self.start && !self.plain && !self.once {
             self.assembler.fill(hole, self.entry);
         } else if (target ^ self.start) >> self.shift == 0 {
             self.cold.push(Cold::Chain { hole, target });
