@@ -38,6 +38,12 @@ impl Layout {
         (address - self.start) as usize / self.size
     }
 
+    /// Address of the first.
+    #[cfg(test)]
+    pub fn start(&self) -> u64 {
+        self.start
+    }
+
     fn first(&self, part: usize) -> u64 {
         self.start + (part * self.size) as u64
     }
@@ -109,6 +115,12 @@ impl CodeCache {
         assert!(self.used + code.len() <= self.layout.size);
         self.write((self.next() - self.stubs()) as usize, code);
         self.used += code.len().next_multiple_of(16).min(self.layout.size - self.used);
+    }
+
+    /// Overwrites code at `address`.
+    #[cfg(test)]
+    pub fn overwrite(&mut self, address: u64, code: &[u8]) {
+        self.write((address - self.stubs()) as usize, code);
     }
 
     fn write(&mut self, offset: usize, code: &[u8]) {

@@ -208,12 +208,14 @@ impl Checker {
             if core.rip() != exit {
                 continue;
             }
-            let found = self.compare(core, block.compared_flags(core, &executed));
-            if found.is_none() {
+            if self.alike(core, block, &executed) {
                 self.judged += 1;
                 return Outcome::Done;
             }
-            difference = difference.or(found);
+            // The guest's own code may come by there before it is where translated code has left.
+            difference.get_or_insert_with(|| {
+                report::differences(core, &self.shadow, block.compared_flags(core, &executed), self.copies())
+            });
         }
         if core.disturbances() == before {
             thread::sleep(SETTLE);
@@ -237,11 +239,12 @@ impl Checker {
         ))
     }
 
-    /// What differs, now that the interpreter is where translated code has left; of the arithmetic flags, these are compared.
-    fn compare(&self, core: &Core, flags: u16) -> Option<String> {
+    /// Both have left the same behind, now that the interpreter is where translated code has left.
+    fn alike(&self, core: &Core, block: &Block, executed: &[u64]) -> bool {
         let shadow = &*self.shadow;
-        let alike = core.regs[..16] == shadow.regs[..16]
-            && (core.arithmetic ^ shadow.arithmetic) & flags == 0
+        let flags = core.arithmetic ^ shadow.arithmetic;
+        core.regs[..16] == shadow.regs[..16]
+            && (flags & block.wanted_flags(core, executed) == 0 || flags & block.compared_flags(core, executed) == 0)
             && (core.system_flags ^ shadow.system_flags) & !flag::RF == 0
             && core.cpl == shadow.cpl
             && core.mmu.active == shadow.mmu.active
@@ -249,8 +252,7 @@ impl Checker {
             && core.msr.kernel_gs_base == shadow.msr.kernel_gs_base
             && core.vector.ymm == shadow.vector.ymm
             && core.vector.mxcsr == shadow.vector.mxcsr
-            && self.copies().differences().next().is_none();
-        (!alike).then(|| report::differences(core, shadow, flags, self.copies()))
+            && self.copies().differences().next().is_none()
     }
 
     fn copies(&self) -> &Copies {
@@ -357,15 +359,18 @@ impl Core {
 }
 
 impl Block {
-    /// The bits of [`Core::arithmetic`] that must be alike after these instructions were executed: those that somebody may
-    /// want, and that are defined.
-    fn compared_flags(&self, core: &Core, executed: &[u64]) -> u16 {
+    /// The bits of [`Core::arithmetic`] that somebody may want after these instructions were executed.
+    fn wanted_flags(&self, core: &Core, executed: &[u64]) -> u16 {
         let last = executed.last().copied();
         let at = self.wanted.iter().position(|&(rip, _)| Some(rip) == last);
-        let wanted = at.map_or(0, |at| {
+        undefined::arithmetic(at.map_or(0, |at| {
             let after = self.wanted.get(at + 1).filter(|(rip, _)| *rip == core.rip());
             after.map_or(self.wanted[at].1, |(_, flags)| *flags)
-        });
-        undefined::arithmetic(wanted & !undefined::after(core, executed))
+        }))
+    }
+
+    /// Those among them that are defined, and so must be alike.
+    fn compared_flags(&self, core: &Core, executed: &[u64]) -> u16 {
+        self.wanted_flags(core, executed) & !undefined::arithmetic(undefined::after(core, executed))
     }
 }

@@ -44,10 +44,14 @@ pub(super) fn differences(core: &Core, shadow: &Core, flags: u16, copies: &Copie
     number("mxcsr", core.vector.mxcsr.into(), shadow.vector.mxcsr.into());
     for (at, name) in SEGMENTS.iter().enumerate() {
         let (one, other) = (core.segments[at], shadow.segments[at]);
+        if one == other {
+            continue;
+        }
         number(&format!("{name} base"), one.base, other.base);
         number(&format!("{name} selector"), one.selector.into(), other.selector.into());
     }
-    for (at, (one, other)) in core.vector.ymm.iter().zip(&shadow.vector.ymm).enumerate() {
+    let vectors = core.vector.ymm.iter().zip(&shadow.vector.ymm);
+    for (at, (one, other)) in vectors.enumerate().filter(|(_, (one, other))| one != other) {
         for (half, (one, other)) in one.chunks_exact(8).zip(other.chunks_exact(8)).enumerate() {
             let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight"));
             number(&format!("ymm{at} [{half}]"), word(one), word(other));

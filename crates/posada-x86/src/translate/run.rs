@@ -147,6 +147,17 @@ impl Translator {
         self
     }
 
+    /// Exchanges bytes in the code of the only block that has them.
+    #[cfg(test)]
+    pub(super) fn corrupt(&mut self, from: &[u8], to: &[u8]) {
+        let (start, end) = (self.cache.layout().start(), self.cache.next());
+        // SAFETY: made code, which lives as long as the cache.
+        let code = unsafe { std::slice::from_raw_parts(start as *const u8, (end - start) as usize) };
+        let at: Vec<usize> = (0..code.len()).filter(|&at| code[at..].starts_with(from)).collect();
+        assert_eq!(at.len(), 1, "{from:x?}");
+        self.cache.overwrite(start + at[0] as u64, to);
+    }
+
     /// For check mode: the block at RIP, if it is translated or worth it; with `plain` that without groups.
     pub(super) fn find_for_check(&mut self, core: &mut Core, plain: bool) -> Option<Number> {
         let mode = core.translated_mode()?;

@@ -1,5 +1,6 @@
 //! Random blocks, translated and interpreted: everything that they leave behind must be the same.
 
+use super::check::Checker;
 use super::{Ran, Translator};
 use crate::core::{Core, flag, gpr, seg};
 use crate::flags::tests::Operands;
@@ -250,6 +251,29 @@ fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
     core.mmu.flush();
     core.set_rip(start);
     core.update_mode();
+}
+
+/// A machine whose translated code is compared with the interpreter, block by block.
+fn checked_machine() -> Box<Core> {
+    let mut core = machine();
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once().checked()));
+    core.checker = Some(Box::new(Checker::new(&core)));
+    core.turns = Some(Arc::default());
+    core
+}
+
+/// Runs a machine in check mode to its end.
+fn finish_checked(core: &mut Core) {
+    for _ in 0..20_000 {
+        core.activate_translator();
+        if core.halted || core.shut_down {
+            return;
+        }
+        if !core.execute_translated() {
+            core.interpret_one();
+        }
+    }
+    panic!("no end: rip {:x}", core.rip());
 }
 
 fn finish(core: &mut Core) {
@@ -507,4 +531,66 @@ fn a_loop_sees_that_a_device_wrote_over_it_though_nothing_else_happens() {
     let _ = ended.send(());
     device.join().unwrap();
     assert_eq!((core.halted, core.rip()), (true, 0x41));
+}
+
+#[test]
+fn check_mode_finds_nothing_in_random_blocks() {
+    let mut core = checked_machine();
+    let mut ends = [0; 2];
+    for seed in 300_000..303_000 {
+        let mut random = Random(Operands::new());
+        random.0.reseed(seed ^ 0x5555_0000);
+        let code = block(&mut random);
+        prepare(&mut core, seed, &code);
+        finish_checked(&mut core);
+        ends[usize::from(core.shut_down)] += 1;
+        assert_eq!(core.failure, None, "seed {seed}");
+    }
+    assert!(ends[0] > 100 && ends[1] > 100, "both ends are reached: {ends:?}");
+    let (judged, not_judged) = core.checker.as_ref().unwrap().counts();
+    assert!(judged > 3_000 && not_judged == 0, "{judged} {not_judged}");
+}
+
+/// Runs code in check mode whose translation has had these bytes exchanged; gives what is reported.
+fn corrupted(code: &[u8], from: &[u8], to: &[u8]) -> Option<String> {
+    let mut core = checked_machine();
+    core.physical_write(RAM, code);
+    (core.regs[gpr::RBX], core.regs[gpr::RAX]) = (0x1100, 0);
+    core.set_rip(0);
+    let run = |core: &mut Core| {
+        (core.halted, core.shut_down) = (false, false);
+        core.set_rip(0);
+        finish_checked(core);
+    };
+    run(&mut core);
+    assert_eq!(core.failure, None);
+    core.translator.as_mut().unwrap().corrupt(from, to);
+    run(&mut core);
+    core.failure.take()
+}
+
+#[test]
+fn check_mode_reports_a_wrong_translation() {
+    // mov eax, 11h; mov [rbx], eax; cmp eax, 11h; sete cl; hlt
+    let code = [0xb8, 0x11, 0, 0, 0, 0x89, 0x03, 0x83, 0xf8, 0x11, 0x0f, 0x94, 0xc1, HLT];
+    let same = [0xb8, 0x11, 0, 0, 0];
+    assert_eq!(corrupted(&code, &same, &same), None);
+    // Another register, and by it memory.
+    let report = corrupted(&code, &same, &[0xb8, 0x12, 0, 0, 0]).expect("a difference");
+    for part in [
+        "block at 0x0",
+        "rax            0000000000000011  0000000000000012",
+        "byte at 0x9100: 11  12",
+        "mov eax,11h",
+        "mov eax,12h",
+    ] {
+        assert!(report.contains(part), "no {part:?} in {report}");
+    }
+    // A flag that is read in the block, and one that is wanted behind it.
+    let report = corrupted(&code, &[0x83, 0xf8, 0x11], &[0x83, 0xf8, 0x10]).expect("a difference");
+    assert!(report.contains("rcx"), "{report}");
+    // A branch that goes elsewhere: test eax, eax; jz +1; hlt; hlt.
+    let code = [0x85, 0xc0, 0x74, 1, HLT, HLT];
+    let report = corrupted(&code, &[0x0f, 0x84], &[0x0f, 0x85]).expect("a difference");
+    assert!(report.contains("never came there"), "{report}");
 }
