@@ -237,7 +237,7 @@ fn engine(chosen: &Chosen) -> Check {
             Status::Yes,
             "VMs run on the host's processor, unless --accel emulate says otherwise.",
         ),
-        Kind::Emulator | Kind::Translator | Kind::Checker => (
+        Kind::Translator | Kind::Interpreter | Kind::Checker => (
             Status::Partly,
             "VMs run on the software CPU, unless --accel kvm says otherwise.",
         ),
@@ -452,7 +452,7 @@ mod tests {
             outcome(&Phase::ALL, End::Finished),
         );
         let check = engine(&Chosen {
-            kind: Kind::Emulator,
+            kind: Kind::Translator,
             offer: posada_x86::Emulator::offer(),
             reason: decision.reason.clone(),
             decision: Some((decision, true)),

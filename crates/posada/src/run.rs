@@ -475,7 +475,7 @@ mod tests {
     fn when_kvm_vanishes_after_the_choice_auto_goes_on_with_the_software_cpu() {
         let (report, asked) = run_without_kvm("auto");
         assert_eq!(report.unwrap().ending, Ending::DebugExit(15));
-        assert_eq!(asked, [Kind::Kvm, Kind::Emulator]);
+        assert_eq!(asked, [Kind::Kvm, Kind::Translator]);
         let (report, asked) = run_without_kvm("kvm");
         let error = report.unwrap_err().to_string();
         assert!(error.contains("the device is gone"), "{error}");

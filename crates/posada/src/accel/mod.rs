@@ -23,14 +23,14 @@ pub enum Accelerator {
     Auto,
     /// The host's processor, by /dev/kvm
     Kvm,
-    /// The software CPU
+    /// The software CPU, which translates hot code into host code
     Emulate,
-    /// The software CPU, which interprets each instruction
-    #[value(name = "emulate=interpret")]
-    Interpret,
-    /// The software CPU, which translates hot code into host code: fast, and not yet trusted
+    /// The same
     #[value(name = "emulate=translate")]
     Translate,
+    /// The software CPU, which interprets each instruction: slow
+    #[value(name = "emulate=interpret")]
+    Interpret,
     /// The software CPU, which translates and compares each block with the interpreter; a difference ends the VM
     #[value(name = "emulate=check")]
     Check,
@@ -42,10 +42,10 @@ pub enum Kind {
     /// The host's processor.
     Kvm,
     /// The software CPU.
-    Emulator,
-    /// The software CPU with its translator.
     Translator,
-    /// The same in check mode.
+    /// The software CPU without its translator.
+    Interpreter,
+    /// The software CPU in check mode.
     Checker,
 }
 
@@ -53,8 +53,8 @@ impl fmt::Display for Kind {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         out.write_str(match self {
             Self::Kvm => "KVM",
-            Self::Emulator => "the software CPU",
-            Self::Translator => "the software CPU with its translator",
+            Self::Translator => "the software CPU",
+            Self::Interpreter => "the software CPU without its translator",
             Self::Checker => "the software CPU, which checks its translator",
         })
     }
@@ -68,7 +68,7 @@ impl Kind {
     fn offer(self) -> Result<Offer, Error> {
         match self {
             Self::Kvm => Ok(posada_kvm::Kvm::offer()?),
-            Self::Emulator | Self::Translator | Self::Checker => Ok(posada_x86::Emulator::offer()),
+            Self::Translator | Self::Interpreter | Self::Checker => Ok(posada_x86::Emulator::offer()),
         }
     }
 
@@ -79,7 +79,7 @@ impl Kind {
     pub fn make(self, ram: Arc<GuestRam>, model: &CpuModel, how: &Translating) -> Result<Arc<dyn Engine>, Error> {
         Ok(match self {
             Self::Kvm => Arc::new(posada_kvm::Kvm::new(ram, model)?),
-            Self::Emulator => Arc::new(posada_x86::Emulator::new(ram, model)?),
+            Self::Interpreter => Arc::new(posada_x86::Emulator::new(ram, model)?),
             Self::Translator | Self::Checker => {
                 let how = Translating {
                     check: self == Self::Checker,
@@ -151,8 +151,8 @@ pub fn choose(wanted: Accelerator) -> anyhow::Result<Chosen> {
     let chosen = match wanted {
         Accelerator::Auto => auto(false),
         Accelerator::Kvm => asked(Kind::Kvm)?,
-        Accelerator::Emulate | Accelerator::Interpret => asked(Kind::Emulator)?,
-        Accelerator::Translate => asked(Kind::Translator)?,
+        Accelerator::Emulate | Accelerator::Translate => asked(Kind::Translator)?,
+        Accelerator::Interpret => asked(Kind::Interpreter)?,
         Accelerator::Check => asked(Kind::Checker)?,
     };
     let cached = chosen.decision.as_ref().is_some_and(|(_, cached)| *cached);
@@ -171,7 +171,7 @@ pub fn without_kvm(why: String) -> Chosen {
 /// The software CPU, where KVM cannot be used.
 fn software_cpu(why: String) -> Chosen {
     Chosen {
-        kind: Kind::Emulator,
+        kind: Kind::Translator,
         offer: posada_x86::Emulator::offer(),
         notice: Some(format!(
             "the software CPU runs this VM, since KVM cannot be used: {why}"
@@ -184,7 +184,7 @@ fn software_cpu(why: String) -> Chosen {
 /// What `auto` chooses on this host; with `anew` by a new run of the probe program.
 pub fn auto(anew: bool) -> Chosen {
     let probe = || {
-        let (kvm, emulator) = probe::compare(Kind::Kvm.for_probe(), Kind::Emulator.for_probe());
+        let (kvm, emulator) = probe::compare(Kind::Kvm.for_probe(), Kind::Translator.for_probe());
         probe::decide(kvm, emulator)
     };
     let kvm = posada_kvm::Kvm::offer().map_err(|error| error.to_string());
@@ -216,7 +216,7 @@ fn choose_by(kvm: Result<Offer, String>, cache: &Cache, anew: bool, probe: impl 
                  again, --accel emulate does without this notice",
                 decision.reason
             );
-            (Kind::Emulator, posada_x86::Emulator::offer(), Some(notice))
+            (Kind::Translator, posada_x86::Emulator::offer(), Some(notice))
         }
     };
     Chosen {
@@ -269,7 +269,7 @@ mod tests {
             false,
             || panic!("there is nothing to probe"),
         );
-        assert_eq!((chosen.kind, chosen.decision), (Kind::Emulator, None));
+        assert_eq!((chosen.kind, chosen.decision), (Kind::Translator, None));
         let notice = chosen.notice.unwrap();
         assert!(
             notice.contains("no such thing") && notice.contains("--accel emulate"),
@@ -295,9 +295,9 @@ mod tests {
         let second = choose(false, Choice::Emulation);
         assert_eq!(second.decision, Some((decision(Choice::Kvm), true)));
         assert_eq!(probes.get(), 1);
-        assert_eq!(choose(true, Choice::Emulation).kind, Kind::Emulator);
+        assert_eq!(choose(true, Choice::Emulation).kind, Kind::Translator);
         let last = choose(false, Choice::Kvm);
-        assert_eq!((last.kind, probes.get()), (Kind::Emulator, 2));
+        assert_eq!((last.kind, probes.get()), (Kind::Translator, 2));
         assert_ne!(last.offer, offer());
         let notice = last.notice.unwrap();
         assert!(
@@ -311,7 +311,10 @@ mod tests {
         let cache = OwnCache::new();
         let mut refused = decision(Choice::Emulation);
         refused.kvm.end = End::Refused("out of memory".into());
-        assert_eq!(choose_by(Ok(offer()), &cache.0, false, || refused).kind, Kind::Emulator);
+        assert_eq!(
+            choose_by(Ok(offer()), &cache.0, false, || refused).kind,
+            Kind::Translator
+        );
         let again = choose_by(Ok(offer()), &cache.0, false, || decision(Choice::Kvm));
         assert_eq!(again.kind, Kind::Kvm);
     }
