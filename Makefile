@@ -11,7 +11,7 @@ help:
 	@echo "make build   build target/release/posada"
 	@echo "make bare    build the bare test programs into target/bare"
 	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
-	@echo "make lint, make unit, make e2e, make e2e-translate, make nested    the parts of make test"
+	@echo "make lint, make unit, make e2e, make e2e-translate, make e2e-check, make nested    the parts of make test"
 	@echo "make nested-all    every test on KVM, in a test host (30 minutes)"
 	@echo "make heavy   hard work in Debian on the translator, not part of make test (20 minutes)"
 	@echo "make fmt     format the Rust code"
@@ -51,6 +51,10 @@ e2e: build bare image
 e2e-translate: build bare image
 	POSADA_SOFTWARE_CPU=translate $(END_TO_END) $(ONE_BY_ONE)
 
+# Each block on both, where that goes quickly.
+e2e-check: build bare
+	POSADA_SOFTWARE_CPU=check $(END_TO_END) --test bare $(ONE_BY_ONE)
+
 # The tests that need a real KVM have it in a test host; without QEMU they say that they are skipped. `nested` has those
 # that a busy machine does not disturb.
 ON_KVM = $(END_TO_END) -- --test-threads=1 --nocapture
@@ -65,7 +69,7 @@ heavy: build
 	@scripts/image vmlinuz initramfs.cpio heavy.raw >/dev/null
 	POSADA_SOFTWARE_CPU=$(or $(POSADA_SOFTWARE_CPU),translate) $(END_TO_END) --test heavy -- --test-threads=1 --ignored
 
-test: lint unit e2e e2e-translate nested
+test: lint unit e2e e2e-translate e2e-check nested
 
 bench: build
 	bench/run
@@ -81,4 +85,4 @@ fuzz:
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
 
 .DEFAULT_GOAL := help
-.PHONY: help build bare image fmt demo lint unit e2e e2e-translate nested nested-all heavy test bench soak fuzz
+.PHONY: help build bare image fmt demo lint unit e2e e2e-translate e2e-check nested nested-all heavy test bench soak fuzz

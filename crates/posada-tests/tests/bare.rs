@@ -68,8 +68,25 @@ all_checks_hold! {
     a_hostile_guest_with_two_cpus_harms_nobody: "hostile" on 2;
 }
 
-/// Code that other processors and a disk change while it runs. Not for the test host: its processors take turns, and those
-/// that wait for each other here would wait for those turns.
+/// More code than the cache of a translator holds, and code that goes wrong in every way, in bounded memory.
+#[test]
+fn code_may_be_more_than_a_cache_holds() {
+    let folder = Folder::new();
+    let summary = folder.path().join("summary");
+    let launch = bare("churn", 1).arg("--translation-cache").arg("2M");
+    all_hold(&launch.arg("--summary").arg(&summary));
+    let text = std::fs::read_to_string(&summary).expect("it was asked for");
+    let summary: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
+    let bytes = |name: &str| summary[name].as_u64().expect("a number");
+    let own = bytes("peak_resident_bytes") - bytes("touched_guest_bytes");
+    assert!(own < 64 << 20, "{own} bytes: {text}");
+    if let Some(translation) = summary.get("translation") {
+        assert!(translation["evictions"].as_u64() > Some(100), "{text}");
+    }
+}
+
+/// Code that other processors and a disk change while it runs. Not for the test host: what QEMU has translated there may be what
+/// was patched meanwhile.
 fn running_code_changes(cpus: u32) {
     let folder = Folder::new();
     let sector = |number: u32| {

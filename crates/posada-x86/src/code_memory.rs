@@ -1,10 +1,8 @@
-//! Memory for code that is made at run time: one memfd mapped twice, writable for who makes it and executable for the
-//! processor, so that no address is ever both.
+//! Memory for code that is made at run time, mapped twice: writable for who makes it and executable for the processor, so that
+//! no address is ever both.
 
-use std::ffi::CStr;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::ptr;
 
 /// The two views.
@@ -19,26 +17,26 @@ unsafe impl Send for CodeMemory {}
 unsafe impl Sync for CodeMemory {}
 
 impl CodeMemory {
-    /// `size` bytes (whole pages) of zeros; a page costs memory only once used. The host shows them under `name`.
+    /// `size` bytes (whole pages) of zeros; a page costs memory only once used.
     ///
     /// # Errors
     /// The host gives no memory to execute from.
-    pub fn new(name: &CStr, size: usize) -> io::Result<Self> {
-        // SAFETY: a terminated name.
-        let file = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
-        if file < 0 {
+    pub fn new(size: usize) -> io::Result<Self> {
+        let flags = libc::MAP_SHARED | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
+        let writable = View::new(size, unsafe {
+            libc::mmap(ptr::null_mut(), size, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0)
+        })?;
+        // A file would do as well, but for perf: it names what runs in anonymous memory only (`--perf-map`).
+        // SAFETY: an old size of 0 maps the same shared pages once more, and leaves the first mapping (mremap(2)).
+        let executable = View::new(size, unsafe {
+            libc::mremap(writable.start.cast(), 0, size, libc::MREMAP_MAYMOVE)
+        })?;
+        // SAFETY: the mapping just made, which nobody uses yet.
+        if unsafe { libc::mprotect(executable.start.cast(), size, libc::PROT_READ | libc::PROT_EXEC) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: a new descriptor that nobody else owns.
-        let file = unsafe { OwnedFd::from_raw_fd(file) };
-        // SAFETY: our own descriptor.
-        if unsafe { libc::ftruncate(file.as_raw_fd(), size as libc::off_t) } != 0 {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Self {
-            writable: View::new(&file, size, libc::PROT_READ | libc::PROT_WRITE)?,
-            executable: View::new(&file, size, libc::PROT_READ | libc::PROT_EXEC)?,
-        })
+        Ok(Self { writable, executable })
     }
 
     /// Where to write, valid for all the bytes as long as the value lives.
@@ -60,9 +58,8 @@ struct View {
 }
 
 impl View {
-    fn new(file: &OwnedFd, size: usize, protection: libc::c_int) -> io::Result<Self> {
-        // SAFETY: a fresh mapping at an address of the kernel's choice touches nothing that exists.
-        let start = unsafe { libc::mmap(ptr::null_mut(), size, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+    /// What `mmap` or `mremap` has given.
+    fn new(size: usize, start: *mut libc::c_void) -> io::Result<Self> {
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }

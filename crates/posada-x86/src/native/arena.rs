@@ -41,7 +41,7 @@ pub fn arena() -> io::Result<&'static Arena> {
 impl Arena {
     fn new() -> io::Result<Self> {
         let arena = Self {
-            memory: CodeMemory::new(c"posada-stubs", SIZE)?,
+            memory: CodeMemory::new(SIZE)?,
             kept: Mutex::default(),
             slot: Mutex::default(),
         };

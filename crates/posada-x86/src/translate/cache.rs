@@ -56,7 +56,7 @@ impl CodeCache {
     /// The host gives no memory to execute from.
     pub fn new(size: usize) -> io::Result<Self> {
         let size = size.max(LEAST) / PARTS & !0xfff;
-        let memory = CodeMemory::new(c"posada-code", STUBS + PARTS * size)?;
+        let memory = CodeMemory::new(STUBS + PARTS * size)?;
         let start = memory.executable().start + STUBS as u64;
         Ok(Self {
             memory,

@@ -201,8 +201,20 @@ impl Checker {
             Left::For(_) => {}
         }
         let block = translator.block(number);
+        let steps = block.wanted.len() - 1;
+        if (exit as i64) << 16 >> 16 != exit as i64 {
+            // The interpreter faults at the branch: see docs/emulator.md.
+            for _ in 0..steps {
+                core.interpret_one();
+                if !block.wanted.iter().any(|&(rip, _)| rip == core.rip()) {
+                    break;
+                }
+            }
+            self.not_judged += 1;
+            return Outcome::Done;
+        }
         let (mut executed, mut difference) = (Vec::new(), None);
-        for _ in 1..block.wanted.len() {
+        for _ in 0..steps {
             executed.push(core.rip());
             core.interpret_one();
             if core.rip() != exit {
