@@ -13,7 +13,9 @@ struct Summary<'a> {
     wall_seconds: f64,
     /// Those that were interpreted, where there is a translator.
     guest_instructions: u64,
-    instructions_per_second: f64,
+    /// Unknown where there is a translator.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instructions_per_second: Option<f64>,
     /// The most memory the process had at any time.
     peak_resident_bytes: u64,
     /// Guest RAM that the host has really given, at the end.
@@ -50,15 +52,19 @@ impl Translated {
 pub fn write(path: &Path, report: &Report, reason: &str, wall: Duration) -> anyhow::Result<()> {
     let seconds = wall.as_secs_f64();
     let counters = report.counters;
+    let translated = counters.translation != Translation::default();
+    let translation = translated.then(|| Translated::new(counters.translation));
     let summary = Summary {
         wall_seconds: seconds,
         guest_instructions: counters.instructions,
-        instructions_per_second: counters.instructions as f64 / seconds.max(1e-9),
+        instructions_per_second: translation
+            .is_none()
+            .then(|| counters.instructions as f64 / seconds.max(1e-9)),
         peak_resident_bytes: peak_resident(),
         touched_guest_bytes: report.touched,
         reboots: report.reboots,
         exit_reason: reason,
-        translation: (counters.translation != Translation::default()).then(|| Translated::new(counters.translation)),
+        translation,
     };
     let text = serde_json::to_string_pretty(&summary).context("the summary")? + "\n";
     std::fs::write(path, text).with_context(|| format!("cannot write the summary to {}", path.display()))
