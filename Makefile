@@ -12,7 +12,7 @@ help:
 	@echo "make bare    build the bare test programs into target/bare"
 	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
 	@echo "make lint, make unit, make e2e, make e2e-translate, make e2e-check, make nested    the parts of make test"
-	@echo "make nested-all    every test on KVM, in a test host (30 minutes)"
+	@echo "make nested-all    every test on KVM, in a test host (20 minutes)"
 	@echo "make heavy   hard work in Debian on the translator, not part of make test (20 minutes)"
 	@echo "make fmt     format the Rust code"
 
