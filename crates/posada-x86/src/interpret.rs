@@ -503,7 +503,7 @@ impl Core {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::mmu::tests::core;
     use posada_engine::{Kick, Machine};
@@ -514,7 +514,7 @@ mod tests {
     use vm_memory::{Bytes, GuestAddress};
 
     /// Tells of each OUT.
-    struct Told(Mutex<Sender<()>>);
+    pub(crate) struct Told(pub(crate) Mutex<Sender<()>>);
 
     impl Machine for Told {
         fn port_read(&self, _: u16, data: &mut [u8]) {

@@ -4,10 +4,11 @@ use super::check::Checker;
 use super::{Ran, Translator};
 use crate::core::{Core, flag, gpr, seg};
 use crate::flags::tests::Operands;
+use crate::interpret::tests::Told;
 use crate::mmu::tests::core;
 use crate::shared::mailbox::KICK;
-use posada_engine::{Kick, Machine};
-use std::sync::mpsc::{Sender, channel};
+use posada_engine::Kick;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -484,23 +485,6 @@ fn a_full_cache_makes_room_and_what_was_linked_goes_on() {
         counts.evictions > 16 && counts.outdated > 300 && counts.links > 300,
         "{counts:?}"
     );
-}
-
-/// Tells of each OUT.
-struct Told(Mutex<Sender<()>>);
-
-impl Machine for Told {
-    fn port_read(&self, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn port_write(&self, _: u16, _: &[u8]) {
-        self.0.lock().unwrap().send(()).unwrap();
-    }
-    fn mmio_read(&self, _: u64, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: u64, _: &[u8]) {}
-    fn end_of_interrupt(&self, _: u8) {}
 }
 
 #[test]
