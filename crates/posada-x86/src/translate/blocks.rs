@@ -340,10 +340,12 @@ impl Blocks {
                 place,
             };
             self.forget(number, cache);
-            for page in self.get(number).pages() {
-                self.leave_page(page, number);
-            }
         }
+        // A page at a time: it may have thousands of blocks.
+        self.by_page.retain(|_, numbers| {
+            numbers.retain(|number| number.part != part as u32);
+            !numbers.is_empty()
+        });
         self.parts[part].blocks.clear();
         self.parts[part].emptied += 1;
     }
