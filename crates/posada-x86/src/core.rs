@@ -129,20 +129,35 @@ pub struct Msrs {
 pub struct VectorState {
     /// XMM and upper YMM halves, one register after another: 32 bytes each.
     pub ymm: [[u8; 32]; 16],
+    /// Upper halves of ZMM0-15.
+    pub zmm_high: [[u8; 32]; 16],
+    /// ZMM16-31.
+    pub zmm: [[u8; 64]; 16],
+    /// Opmask registers.
+    pub opmask: [u64; 8],
     /// x87 state in the first 160 bytes of the FXSAVE64 layout (its XMM and MXCSR fields are not used).
     pub fx: [u8; 512],
     /// MXCSR.
     pub mxcsr: u32,
+    /// [`VectorState::zmm_high`] may have something beside zeros.
+    pub zmm_high_used: bool,
     /// XCR0.
     pub xcr0: u64,
 }
+
+// FXSAVE and FXRSTOR.
+const _: () = assert!(std::mem::offset_of!(VectorState, fx).is_multiple_of(16));
 
 impl Default for VectorState {
     fn default() -> Self {
         Self {
             ymm: [[0; 32]; 16],
+            zmm_high: [[0; 32]; 16],
+            zmm: [[0; 64]; 16],
+            opmask: [0; 8],
             fx: [0; 512],
             mxcsr: 0x1f80,
+            zmm_high_used: false,
             xcr0: 1,
         }
     }
@@ -163,7 +178,7 @@ pub struct Core {
     pub code_size: CodeSize,
     /// Current privilege level.
     pub cpl: u8,
-    /// Why SSE (bit 0), AVX (bit 1), x87 (bit 2) or any VEX (bit 3) instructions cannot run now: see
+    /// Why SSE (bit 0), AVX (bit 1), x87 (bit 2), any VEX (bit 3) or AVX-512 (bit 7) instructions cannot run now: see
     /// [`Core::update_mode`].
     pub fpu_blocked: u8,
     /// RFLAGS without the arithmetic flags (bit 1 set).

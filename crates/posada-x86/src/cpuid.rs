@@ -51,7 +51,8 @@ pub fn cpuid(core: &Core, leaf: u32, subleaf: u32) -> [u32; 4] {
                 words[EDX] &= !(1 << 9);
             }
         }
-        (0xd, 0 | 1) if words[EBX] != 0 => words[EBX] = xsave::size_of_components(core.vector.xcr0) as u32,
+        (0xd, 0) if words[EBX] != 0 => words[EBX] = model.xsave_size(core.vector.xcr0),
+        (0xd, 1) if words[EBX] != 0 => words[EBX] = xsave::compacted_size(core.vector.xcr0) as u32,
         _ => {}
     }
     words
@@ -117,12 +118,23 @@ mod tests {
         if !features().avx {
             return;
         }
+        let all = core.shared.vm().model().xcr0();
+        let whole = core.shared.vm().model().xsave_size(all);
         core.vector.xcr0 = 3;
-        assert_eq!(cpuid(&core, 0xd, 0), [7, 576, 832, 0]);
+        assert_eq!(cpuid(&core, 0xd, 0), [all as u32, 576, whole, 0]);
         core.vector.xcr0 = 7;
-        assert_eq!(cpuid(&core, 0xd, 0), [7, 832, 832, 0]);
-        let [size, offset, ..] = cpuid(&core, 0xd, 2);
-        assert_eq!(size + offset, cpuid(&core, 0xd, 0)[ECX]);
+        assert_eq!(cpuid(&core, 0xd, 0), [all as u32, 832, whole, 0]);
+        let compacted = |core: &Core, size: u32| {
+            let xsavec = cpuid(core, 0xd, 1)[0] & 2 != 0;
+            assert!(!xsavec || cpuid(core, 0xd, 1)[EBX] == size);
+        };
+        compacted(&core, 832);
+        core.vector.xcr0 = all;
+        compacted(&core, if all > 7 { 2432 } else { 832 });
+        let ends = (2..8)
+            .map(|component| cpuid(&core, 0xd, component))
+            .map(|[size, offset, ..]| size + offset);
+        assert_eq!(ends.max(), Some(whole));
         // IA32_XSS has no component.
         assert_eq!(cpuid(&core, 0xd, 1)[ECX..], [0, 0]);
     }

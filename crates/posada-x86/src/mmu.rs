@@ -7,6 +7,7 @@ use crate::size::Size;
 use crate::tlb::{ENTRIES, FETCH_SUPERVISOR, FETCH_USER, GLOBAL, SUPERVISOR, SUPERVISOR_AC, USER, USER_ALIGNED};
 use crate::translate::Wanted;
 use crate::walk::Access;
+use crate::xsave;
 
 impl Core {
     /// Loads from a linear address with the rights of the current privilege level.
@@ -408,8 +409,10 @@ impl Core {
         let (em, ts) = (self.cr[0] & 1 << 2 != 0, self.cr[0] & 1 << 3 != 0);
         let sse = ts || em || self.cr[4] & 1 << 9 == 0;
         let avx = ts || self.cr[4] & 1 << 18 == 0 || self.vector.xcr0 & 6 != 6 || !protected || v86;
+        let avx512 = avx || self.vector.xcr0 & xsave::AVX512 != xsave::AVX512;
         let vex = !protected || v86;
-        self.fpu_blocked = u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2 | u8::from(vex) << 3;
+        self.fpu_blocked =
+            u8::from(sse) | u8::from(avx) << 1 | u8::from(em || ts) << 2 | u8::from(vex) << 3 | u8::from(avx512) << 7;
         let debugger = self.debug.single_step || !self.debug.breakpoints.is_empty();
         let watched = debugger || self.dr[7] & 0xff != 0;
         if !watched {

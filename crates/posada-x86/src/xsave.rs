@@ -1,5 +1,5 @@
 //! Saving and restoring vector and x87 state: XSAVE and its family, FXSAVE, XCR0 and MXCSR (Intel SDM 1, chapter 13 and
-//! section 10.5). The components are x87, SSE and AVX; IA32_XSS has none.
+//! section 10.5). The components are x87, SSE, AVX and the three of AVX-512; IA32_XSS has none.
 
 use crate::core::Core;
 use crate::fault::{Exec, vector};
@@ -8,23 +8,17 @@ use crate::native::needs;
 use std::arch::asm;
 
 pub(crate) mod area;
+mod components;
+
+pub(crate) use components::{AVX, AVX512, compacted_size};
+use components::{HEADER_END, Part};
 
 /// Component bit of x87 state.
 pub const X87: u64 = 1;
 /// Component bit of XMM registers.
 pub const SSE: u64 = 2;
-/// Component bit of the upper halves of YMM registers.
-pub const AVX: u64 = 4;
 /// Offset of the header.
 const HEADER: u64 = 512;
-/// Bytes of the legacy region and the header.
-pub const HEADER_END: usize = 576;
-/// Offset of AVX state in bytes, in both formats.
-pub const AVX_OFFSET: usize = 576;
-/// Bytes of AVX state.
-pub const AVX_SIZE: usize = 256;
-/// Bytes of all components.
-pub const SIZE: usize = AVX_OFFSET + AVX_SIZE;
 /// MXCSR bits that exist.
 pub const MXCSR_MASK: u32 = 0xffff;
 
@@ -36,12 +30,12 @@ const LEGACY: usize = 416;
 
 /// True for a value that XCR0 may have, where there are these components.
 pub(crate) fn xcr0_valid(value: u64, components: u64) -> bool {
-    value & X87 != 0 && value & (SSE | AVX) != AVX && value & !components == 0
-}
-
-/// Bytes of a standard-format area with these components.
-pub fn size_of_components(components: u64) -> usize {
-    if components & AVX != 0 { SIZE } else { HEADER_END }
+    let avx512 = match value & AVX512 {
+        0 => true,
+        AVX512 => value & AVX != 0,
+        _ => false,
+    };
+    value & X87 != 0 && value & (SSE | AVX) != AVX && avx512 && value & !components == 0
 }
 
 /// x87 state after FNINIT, in the first 160 bytes of the FXSAVE layout.
@@ -52,24 +46,20 @@ fn initial_fx() -> [u8; 160] {
 }
 
 impl Core {
-    /// Components that are not in their initial state (XINUSE).
-    pub fn xinuse(&self) -> u64 {
-        let registers = &self.vector.ymm[..self.vector_registers()];
-        let used = |part: std::ops::Range<usize>| registers.iter().any(|ymm| ymm[part.clone()] != [0; 16]);
+    /// Those of `components` that are not in their initial state (XINUSE).
+    fn xinuse(&self, components: u64) -> u64 {
         let mut x87 = initial_fx();
         // MXCSR and its mask lie here, and are not x87 state.
         x87[24..32].copy_from_slice(&self.vector.fx[24..32]);
-        let mut components = 0;
+        let mut used = self.extended_in_use(components);
         if self.vector.fx[..160] != x87 {
-            components |= X87;
+            used |= X87;
         }
-        if used(0..16) {
-            components |= SSE;
+        let registers = &self.vector.ymm[..self.vector_registers()];
+        if registers.iter().any(|ymm| ymm[..16] != [0; 16]) {
+            used |= SSE;
         }
-        if used(16..32) {
-            components |= AVX;
-        }
-        components
+        used & components
     }
 
     /// Puts x87 state into a legacy region. Without `wide`, pointers have 32 bits, and selectors that are always zero.
@@ -110,26 +100,9 @@ impl Core {
         }
     }
 
-    fn put_upper(&self, area: &mut [u8]) {
-        for (number, ymm) in self.vector.ymm[..self.vector_registers()].iter().enumerate() {
-            area[number * 16..][..16].copy_from_slice(&ymm[16..]);
-        }
-    }
-
-    fn take_upper(&mut self, area: &[u8]) {
-        let count = self.vector_registers();
-        for (number, ymm) in self.vector.ymm[..count].iter_mut().enumerate() {
-            ymm[16..].copy_from_slice(&area[number * 16..][..16]);
-        }
-    }
-
     /// Bytes of XMM registers that the current mode has, in the legacy region.
     fn xmm_end(&self) -> usize {
         160 + self.vector_registers() * 16
-    }
-
-    fn upper_end(&self) -> usize {
-        AVX_OFFSET + self.vector_registers() * 16
     }
 
     /// Address of an area of `bytes` bytes, all checked.
@@ -162,6 +135,14 @@ impl Core {
             Some(place) => unsafe { std::ptr::copy_nonoverlapping(place, data.as_mut_ptr(), data.len()) },
             None => self.load_bytes(linear, data)?,
         }
+        Ok(())
+    }
+
+    /// Raises what loading a component would.
+    fn readable(&mut self, insn: &Insn, linear: u64, part: Part) -> Exec {
+        let length = self.bytes_in_mode(part.component);
+        self.linear(insn, (part.offset + length) as u64, false)?;
+        self.host_range(linear.wrapping_add(part.offset as u64), length as u64, false)?;
         Ok(())
     }
 
@@ -267,12 +248,12 @@ pub fn xsave(core: &mut Core, insn: &Insn) -> Exec {
 /// XSAVEOPT: leaves out what is in its initial state.
 pub fn xsaveopt(core: &mut Core, insn: &Insn) -> Exec {
     let requested = core.requested()?;
-    save_standard(core, insn, requested, requested & core.xinuse())
+    save_standard(core, insn, requested, core.xinuse(requested))
 }
 
 fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> Exec {
-    // All of AVX state must be possible, also where the mode has but half of it.
-    let length = size_of_components(requested);
+    // All of a component must be possible, also where the mode has but half of it.
+    let length = core.standard_size(requested);
     let linear = core.area(insn, length, 64, true)?;
     // Without components it is the header's alone.
     let first = if requested == 0 { HEADER } else { 0 };
@@ -280,20 +261,23 @@ fn save_standard(core: &mut Core, insn: &Insn, requested: u64, written: u64) -> 
     core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;
     let mut old = [0; 8];
     core.take(linear.wrapping_add(HEADER), &mut old)?;
-    let present = u64::from_le_bytes(old) & !requested | core.xinuse() & requested;
-    save(
+    let present = u64::from_le_bytes(old) & !requested | core.xinuse(requested);
+    save_legacy(
         core,
         linear,
         written,
         requested & (SSE | AVX) != 0,
         insn.flags & WIDE != 0,
     )?;
+    for part in core.standard(written).into_iter().flatten() {
+        core.store_component(linear, part)?;
+    }
     core.put(linear.wrapping_add(HEADER), &present.to_le_bytes())
 }
 
-/// Stores components, and MXCSR, at their places; the rights were checked.
-fn save(core: &mut Core, linear: u64, components: u64, mxcsr: bool, wide: bool) -> Exec {
-    let mut area = [0; SIZE];
+/// Stores what of the components lies in the legacy region, and MXCSR; the rights were checked.
+fn save_legacy(core: &mut Core, linear: u64, components: u64, mxcsr: bool, wide: bool) -> Exec {
+    let mut area = [0; LEGACY];
     if components & X87 != 0 {
         core.put_x87(&mut area, wide);
         core.put(linear, &area[..24])?;
@@ -306,13 +290,6 @@ fn save(core: &mut Core, linear: u64, components: u64, mxcsr: bool, wide: bool) 
     if components & SSE != 0 {
         core.put_xmm(&mut area);
         core.put(linear.wrapping_add(160), &area[160..core.xmm_end()])?;
-    }
-    if components & AVX != 0 {
-        core.put_upper(&mut area[AVX_OFFSET..]);
-        core.put(
-            linear.wrapping_add(AVX_OFFSET as u64),
-            &area[AVX_OFFSET..core.upper_end()],
-        )?;
     }
     Ok(())
 }
@@ -333,17 +310,20 @@ pub fn xsaves(core: &mut Core, insn: &Insn) -> Exec {
 }
 
 fn save_compacted(core: &mut Core, insn: &Insn, requested: u64) -> Exec {
-    let mut present = requested & core.xinuse();
+    let mut present = core.xinuse(requested);
     // MXCSR belongs to SSE state here.
     if core.vector.mxcsr != MXCSR_INITIAL {
         present |= requested & SSE;
     }
-    // All of AVX state must be possible, also where the mode has but half of it.
-    let length = size_of_components(requested);
+    // All of a component must be possible, also where the mode has but half of it.
+    let length = compacted_size(requested);
     let linear = core.area(insn, length, 64, true)?;
     let first = if requested & (X87 | SSE) == 0 { HEADER } else { 0 };
     core.host_range(linear.wrapping_add(first), length as u64 - first, true)?;
-    save(core, linear, present, present & SSE != 0, insn.flags & WIDE != 0)?;
+    save_legacy(core, linear, present, present & SSE != 0, insn.flags & WIDE != 0)?;
+    for part in components::compacted(requested).filter(|part| part.component & present != 0) {
+        core.store_component(linear, part)?;
+    }
     core.put(linear.wrapping_add(HEADER), &present.to_le_bytes())?;
     core.put(linear.wrapping_add(HEADER + 8), &(requested | COMPACTED).to_le_bytes())
 }
@@ -364,14 +344,9 @@ pub fn xrstors(core: &mut Core, insn: &Insn) -> Exec {
 }
 
 fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -> Exec {
-    let length = if requested & AVX != 0 {
-        core.upper_end()
-    } else {
-        HEADER_END
-    };
-    let linear = core.area(insn, length, 64, false)?;
-    let mut area = [0; SIZE];
-    core.take(linear, &mut area[..HEADER_END])?;
+    let linear = core.area(insn, HEADER_END, 64, false)?;
+    let mut area = [0; HEADER_END];
+    core.take(linear, &mut area)?;
     let (present, format) = (header(&area, 0), header(&area, 1));
     let compacted = format & COMPACTED != 0;
     let components = format & !COMPACTED;
@@ -385,9 +360,16 @@ fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -
         return core.general_protection();
     }
     let (load, clear) = (requested & present, requested & !present);
-    if load & AVX != 0 {
-        let end = core.upper_end();
-        core.take(linear.wrapping_add(AVX_OFFSET as u64), &mut area[AVX_OFFSET..end])?;
+    let mut parts = [None; 4];
+    if compacted {
+        for (slot, part) in parts.iter_mut().zip(components::compacted(components)) {
+            *slot = Some(part).filter(|part| part.component & load != 0);
+        }
+    } else {
+        parts = core.standard(load);
+    }
+    for part in parts.iter().flatten() {
+        core.readable(insn, linear, *part)?;
     }
     // MXCSR belongs to SSE state in the compacted format, and to SSE or AVX, whatever is present, in the other.
     let mxcsr = if compacted { load & SSE } else { requested & (SSE | AVX) };
@@ -402,17 +384,19 @@ fn restore(core: &mut Core, insn: &Insn, requested: u64, only_compacted: bool) -
     if load & SSE != 0 {
         core.take_xmm(&area);
     }
-    if load & AVX != 0 {
-        core.take_upper(&area[AVX_OFFSET..]);
-    }
     if clear & X87 != 0 {
         core.take_x87(&initial_fx(), true);
     }
     if clear & SSE != 0 {
         core.take_xmm(&[0; LEGACY]);
     }
-    if clear & AVX != 0 {
-        core.take_upper(&[0; AVX_SIZE]);
+    for component in [AVX, components::OPMASK, components::ZMM_HIGH, components::ZMM] {
+        if clear & component != 0 {
+            core.clear_component(component);
+        }
+    }
+    for part in parts.into_iter().flatten() {
+        core.load_component(linear, part)?;
     }
     Ok(())
 }
@@ -424,7 +408,7 @@ pub fn xgetbv(core: &mut Core, _: &Insn) -> Exec {
     }
     let value = match core.regs[1] as u32 {
         0 => core.vector.xcr0,
-        1 if std::arch::is_x86_feature_detected!("xsavec") => core.vector.xcr0 & core.xinuse(),
+        1 if std::arch::is_x86_feature_detected!("xsavec") => core.xinuse(core.vector.xcr0),
         _ => return core.general_protection(),
     };
     core.regs[0] = value & 0xffff_ffff;
@@ -448,183 +432,4 @@ pub fn xsetbv(core: &mut Core, _: &Insn) -> Exec {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::core::Core;
-    use crate::insn::{Handler, ZERO};
-    use crate::mmu::tests::core as bare_core;
-
-    fn supported(core: &Core) -> u64 {
-        core.shared.vm().model().xcr0()
-    }
-
-    /// A core with XSAVE enabled and every component in use.
-    fn core() -> Box<Core> {
-        let mut core = bare_core();
-        core.cr[4] |= 3 << 9 | 1 << 18;
-        core.vector.xcr0 = supported(&core);
-        core.update_mode();
-        core.vector.fx[..5].copy_from_slice(&[0x7f, 3, 0, 0x38, 0x80]);
-        core.vector.fx[32..42].copy_from_slice(&[0, 0, 0, 0, 0, 0, 0, 0x80, 0xff, 0x3f]);
-        core.vector.ymm = std::array::from_fn(|register| std::array::from_fn(|at| (register * 32 + at) as u8));
-        core.vector.mxcsr = 0x1fa0;
-        core
-    }
-
-    /// Runs a handler on the area at `at`, with EDX:EAX as the mask.
-    fn run(core: &mut Core, exec: Handler, at: u32, mask: u64) -> Exec {
-        (core.regs[0], core.regs[2]) = (mask & 0xffff_ffff, mask >> 32);
-        let insn = Insn {
-            exec,
-            imm: 0,
-            disp: at as i32,
-            length: 4,
-            reg: 0,
-            rm: 0,
-            base: ZERO,
-            index: ZERO,
-            scale: 0,
-            segment: 3,
-            flags: WIDE,
-            extra: 0,
-        };
-        exec(core, &insn)
-    }
-
-    fn fault(core: &mut Core, exec: Handler, at: u32, mask: u64) -> u8 {
-        run(core, exec, at, mask).expect_err("a fault");
-        core.raised.vector
-    }
-
-    fn clear(core: &mut Core) {
-        let empty = bare_core();
-        core.vector.fx = empty.vector.fx;
-        (core.vector.ymm, core.vector.mxcsr) = ([[0; 32]; 16], 0x1f80);
-    }
-
-    #[test]
-    fn every_format_brings_all_state_back() {
-        let formats: [(Handler, Handler); 5] = [
-            (xsave, xrstor),
-            (xsaveopt, xrstor),
-            (xsavec, xrstor),
-            (xsaves, xrstors),
-            (fxsave, fxrstor),
-        ];
-        for (number, (save, restore)) in formats.into_iter().enumerate() {
-            let mut core = core();
-            let before = core.vector.clone();
-            // Over a page border.
-            run(&mut core, save, 0xe00, !0).unwrap();
-            clear(&mut core);
-            run(&mut core, restore, 0xe00, !0).unwrap();
-            assert_eq!(
-                (core.vector.mxcsr, &core.vector.fx[..160]),
-                (before.mxcsr, &before.fx[..160]),
-                "{number}"
-            );
-            let kept = if number == 4 { 16 } else { 32 };
-            for (ours, theirs) in core.vector.ymm.iter().zip(&before.ymm) {
-                assert_eq!(ours[..kept], theirs[..kept], "{number}");
-            }
-        }
-    }
-
-    #[test]
-    fn components_that_are_absent_become_initial() {
-        let mut core = core();
-        core.vector.ymm.iter_mut().for_each(|ymm| ymm[16..].fill(0));
-        let in_use = core.xinuse();
-        assert_eq!(in_use, X87 | SSE);
-        run(&mut core, xsave, 0x400, !0).unwrap();
-        assert_eq!((core.load(0x600), core.load(0x608)), (Ok(in_use), Ok(0u64)));
-        run(&mut core, xsavec, 0x800, !0).unwrap();
-        assert_eq!(
-            (core.load(0xa00), core.load(0xa08)),
-            (Ok(in_use), Ok(COMPACTED | supported(&core)))
-        );
-        // XSAVE keeps the bits of what it was not asked for.
-        run(&mut core, xsave, 0x400, X87).unwrap();
-        assert_eq!(core.load(0x600), Ok(in_use));
-        // Nothing but x87 is there: the rest is initial, but MXCSR only if compacted.
-        core.store(0x600, X87).unwrap();
-        core.store(0xa00, X87).unwrap();
-        core.vector.mxcsr = 0x1f81;
-        run(&mut core, xrstor, 0x400, !0).unwrap();
-        assert_eq!((core.vector.mxcsr, core.vector.ymm), (0x1fa0, [[0; 32]; 16]));
-        core.vector.ymm[3][0] = 1;
-        run(&mut core, xrstor, 0x800, AVX).unwrap();
-        assert_eq!((core.vector.mxcsr, core.vector.ymm[3][0]), (0x1fa0, 1));
-        run(&mut core, xrstor, 0x800, !0).unwrap();
-        assert_eq!((core.vector.mxcsr, core.vector.ymm[3][0]), (0x1f80, 0));
-        assert_eq!(core.xinuse(), X87);
-        core.store(0x600, 0u64).unwrap();
-        run(&mut core, xrstor, 0x400, X87).unwrap();
-        assert_eq!(core.vector.fx[..24], initial_fx()[..24]);
-        assert_eq!(core.xinuse(), 0);
-    }
-
-    #[test]
-    fn without_components_only_the_header_is_written() {
-        let mut core = core();
-        // Linear page 0 is no more.
-        core.physical_write(0x4000, &[0; 8]);
-        core.mmu.flush();
-        for (exec, mask) in [(xsave as Handler, 0), (xsavec, 0), (xsavec, AVX)] {
-            run(&mut core, exec, 0xe00, mask).unwrap();
-            assert_eq!(core.load::<u64>(0x1000), Ok(mask));
-        }
-        for (exec, mask) in [(xsave as Handler, X87), (xsave, AVX), (xsavec, SSE)] {
-            assert_eq!(fault(&mut core, exec, 0xe00, mask), vector::PF);
-            // Up to the last byte of all.
-            assert_eq!(fault(&mut core, exec, 0u32.wrapping_sub(64), mask), vector::PF);
-        }
-    }
-
-    #[test]
-    fn bad_areas_change_nothing() {
-        let mut core = core();
-        let before = core.vector.clone();
-        assert_eq!(fault(&mut core, xsave, 0x420, !0), vector::GP, "64 bytes");
-        assert_eq!(fault(&mut core, fxsave, 0x408, !0), vector::GP, "16 bytes");
-        assert_eq!(fault(&mut core, xsave, 0x1e00, !0), vector::PF);
-        assert_eq!(core.load(0x1e00), Ok(0u64), "all or nothing");
-        run(&mut core, xsave, 0x400, !0).unwrap();
-        for (at, value) in [(0x600, 1u64 << 3), (0x608, 1), (0x610, 1), (0x608, COMPACTED | X87)] {
-            let old: u64 = core.load(at).unwrap();
-            core.store(at, value).unwrap();
-            assert_eq!(fault(&mut core, xrstor, 0x400, !0), vector::GP, "{at:x}");
-            core.store(at, old).unwrap();
-        }
-        assert_eq!(fault(&mut core, xrstors, 0x400, !0), vector::GP, "not compacted");
-        core.store(0x418, 0x1_0000u32).unwrap();
-        assert_eq!(fault(&mut core, xrstor, 0x400, !0), vector::GP, "MXCSR");
-        assert_eq!(fault(&mut core, fxrstor, 0x400, !0), vector::GP, "MXCSR");
-        assert_eq!(core.vector.ymm, before.ymm);
-        core.cr[0] |= 8;
-        core.update_mode();
-        assert_eq!(fault(&mut core, xsave, 0x400, !0), vector::NM);
-        core.cr[4] &= !(1 << 18);
-        assert_eq!(fault(&mut core, xsave, 0x400, !0), vector::UD);
-    }
-
-    #[test]
-    fn xcr0_takes_what_exists_and_belongs_together() {
-        let mut core = core();
-        core.regs[1] = 0;
-        for bad in [0, SSE, X87 | AVX, X87 | 8, 1 << 63 | X87] {
-            assert_eq!(fault(&mut core, xsetbv, 0, bad), vector::GP, "{bad:x}");
-        }
-        run(&mut core, xsetbv, 0, X87 | SSE).unwrap();
-        run(&mut core, xgetbv, 0, 0).unwrap();
-        assert_eq!((core.regs[0], core.regs[2], core.fpu_blocked & 2), (3, 0, 2));
-        core.regs[1] = 1;
-        core.vector.ymm = [[0; 32]; 16];
-        run(&mut core, xgetbv, 0, 0).unwrap();
-        assert_eq!(core.regs[0], X87);
-        core.segments[crate::core::seg::SS].access = 0xf3;
-        core.update_mode();
-        core.regs[1] = 0;
-        assert_eq!(fault(&mut core, xsetbv, 0, X87), vector::GP);
-    }
-}
+mod tests;

@@ -22,6 +22,8 @@ pub mod needs {
     pub const X87: u8 = 4;
     /// Protected mode, for VEX encodings.
     pub const VEX: u8 = 8;
+    /// AVX-512 state: the opmasks and all of ZMM0-31.
+    pub const AVX512: u8 = 0x80;
 }
 
 /// What a stub does, and what must be checked before.

@@ -5,6 +5,7 @@ use super::form::{Form, needs};
 use crate::core::{CodeSize, Core};
 use crate::fault::{Exec, vector};
 use crate::insn::{Handler, Insn};
+use crate::xsave;
 
 /// The handler for instructions of a form: the simplest that does.
 pub fn handler(form: &Form) -> Handler {
@@ -210,8 +211,13 @@ impl Core {
         let (emulate, switched) = (self.cr[0] & 1 << 2 != 0, self.cr[0] & 1 << 3 != 0);
         let wrong = match needs {
             _ if needs & needs::VEX != 0 => true,
-            _ if needs & needs::AVX != 0 => {
-                let enabled = self.cr[4] & 1 << 18 != 0 && self.vector.xcr0 & 6 == 6;
+            _ if needs & (needs::AVX | needs::AVX512) != 0 => {
+                let wanted = if needs & needs::AVX512 != 0 {
+                    6 | xsave::AVX512
+                } else {
+                    6
+                };
+                let enabled = self.cr[4] & 1 << 18 != 0 && self.vector.xcr0 & wanted == wanted;
                 !enabled || !self.protected() || self.virtual_8086() || !switched
             }
             _ if needs & needs::SSE != 0 => emulate || self.cr[4] & 1 << 9 == 0,

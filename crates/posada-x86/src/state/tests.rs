@@ -64,7 +64,16 @@ fn pieces(core: &Core) -> Vec<(String, String)> {
         machine: _,
         rate: _,
     } = core;
-    let VectorState { ymm, fx, mxcsr, xcr0 } = vector;
+    let VectorState {
+        ymm,
+        zmm_high,
+        zmm,
+        opmask,
+        zmm_high_used,
+        fx,
+        mxcsr,
+        xcr0,
+    } = vector;
     let mut pieces: Vec<(String, String)> = [
         ("shadow", interrupt_shadow.to_string()),
         ("code size", format!("{code_size:?}")),
@@ -99,6 +108,12 @@ fn pieces(core: &Core) -> Vec<(String, String)> {
     list("CR", hex(cr));
     list("DR", hex(dr));
     list("YMM", ymm.iter().map(|ymm| format!("{ymm:x?}")).collect());
+    if shared.vm().model().xcr0() & crate::xsave::AVX512 != 0 {
+        list("ZMM high", zmm_high.iter().map(|zmm| format!("{zmm:x?}")).collect());
+        list("ZMM", zmm.iter().map(|zmm| format!("{zmm:x?}")).collect());
+        list("opmask", hex(opmask));
+        list("upper halves in use", vec![zmm_high_used.to_string()]);
+    }
     list(
         "segment",
         segments
@@ -171,6 +186,12 @@ fn changed() -> Box<Core> {
     core.vector.fx[..2].copy_from_slice(&0x27fu16.to_le_bytes());
     core.vector.mxcsr = 0x1f00;
     core.vector.xcr0 = core.shared.vm().model().xcr0();
+    if core.vector.xcr0 & crate::xsave::AVX512 != 0 {
+        core.vector.zmm_high = std::array::from_fn(|register| [register as u8 + 0x21; 32]);
+        core.vector.zmm_high_used = true;
+        core.vector.zmm = std::array::from_fn(|register| [register as u8 + 0x41; 64]);
+        core.vector.opmask = std::array::from_fn(|register| register as u64 + 1);
+    }
     change_msrs(&mut core);
     change_lapic(&mut core);
     core.undelivered = Undelivered {

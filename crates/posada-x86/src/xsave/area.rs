@@ -1,6 +1,6 @@
 //! The XSAVE area of the portable state.
 
-use super::{AVX, AVX_OFFSET, MXCSR_MASK, SSE, X87, initial_fx, mxcsr_of};
+use super::{MXCSR_MASK, SSE, X87, initial_fx, mxcsr_of};
 use crate::core::Core;
 use posada_engine::Xsave;
 use posada_engine::cpu::CpuModel;
@@ -15,9 +15,9 @@ impl Core {
         self.put_mxcsr(&mut bytes);
         for (number, ymm) in self.vector.ymm.iter().enumerate() {
             bytes[160 + number * 16..][..16].copy_from_slice(&ymm[..16]);
-            if components & AVX != 0 {
-                bytes[AVX_OFFSET + number * 16..][..16].copy_from_slice(&ymm[16..]);
-            }
+        }
+        for part in self.standard(components).into_iter().flatten() {
+            self.put_component(part.component, &mut bytes[part.bytes()]);
         }
         let mut area = Xsave::new(bytes);
         area.set_xstate_bv(components);
@@ -37,9 +37,11 @@ impl Core {
             if present & SSE != 0 {
                 ymm[..16].copy_from_slice(&bytes[160 + number * 16..][..16]);
             }
-            if present & AVX != 0 {
-                ymm[16..].copy_from_slice(&bytes[AVX_OFFSET + number * 16..][..16]);
-            }
+        }
+        (self.vector.zmm_high, self.vector.zmm_high_used) = ([[0; 32]; 16], false);
+        (self.vector.zmm, self.vector.opmask) = ([[0; 64]; 16], [0; 8]);
+        for part in self.standard(present).into_iter().flatten() {
+            self.take_component(part.component, &bytes[part.bytes()]);
         }
     }
 }
