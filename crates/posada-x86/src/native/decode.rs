@@ -2,7 +2,7 @@
 
 use super::arena::arena;
 use super::form::{key, opcode, uses_mxcsr};
-use super::{Decoded, SLOTS, features, masked, run};
+use super::{Decoded, SLOTS, features, gather, masked, run};
 use crate::core::{CodeSize, Core, seg};
 use crate::insn::{ADDRESS16, ADDRESS32, COMPLEX, Handler, Insn, RIP, WIDE, ZERO};
 use crate::xsave;
@@ -86,7 +86,7 @@ fn decode_anew(code_size: CodeSize, bytes: &[u8]) -> Option<Insn> {
         insn.flags |= flags;
         return Some(insn);
     }
-    if masked::decode(&instruction, &mut insn) {
+    if masked::decode(&instruction, &mut insn) || gather::decode(&instruction, &mut insn) {
         return Some(insn);
     }
     if !ours(&instruction) {
@@ -129,7 +129,7 @@ fn ours(instruction: &Instruction) -> bool {
         .iter()
         .any(|used| {
             let register = used.register();
-            register.is_vector_register() || register.is_mm() || register.is_st()
+            register.is_vector_register() || register.is_k() || register.is_mm() || register.is_st()
         })
 }
 

@@ -25,10 +25,30 @@ pub fn shown(feature: CpuidFeature) -> bool {
         F::AVX2 => host!("avx2"),
         F::F16C => host!("f16c"),
         F::FMA => host!("fma"),
+        F::GFNI => host!("gfni"),
+        F::VAES => host!("vaes"),
+        F::VPCLMULQDQ => host!("vpclmulqdq"),
+        // XCR0 decides besides.
+        F::AVX512F => avx512(),
+        F::AVX512CD => avx512(),
+        F::AVX512BW => avx512(),
+        F::AVX512DQ => avx512(),
+        F::AVX512VL => avx512(),
+        F::AVX512_IFMA => avx512() && host!("avx512ifma"),
+        F::AVX512_VBMI => avx512() && host!("avx512vbmi"),
+        F::AVX512_VBMI2 => avx512() && host!("avx512vbmi2"),
+        F::AVX512_VNNI => avx512() && host!("avx512vnni"),
+        F::AVX512_BITALG => avx512() && host!("avx512bitalg"),
+        F::AVX512_VPOPCNTDQ => avx512() && host!("avx512vpopcntdq"),
         F::XSAVE => host!("xsave"),
         F::XSAVEOPT => host!("xsaveopt"),
         F::XSAVEC => host!("xsavec"),
         F::XSAVES => host!("xsaves"),
         _ => false,
     }
+}
+
+/// AVX-512 as all processors but the very first have it: those lack 128- and 256-bit forms, or opmasks of 64 bits.
+fn avx512() -> bool {
+    host!("avx512f") && host!("avx512cd") && host!("avx512bw") && host!("avx512dq") && host!("avx512vl")
 }

@@ -2,6 +2,7 @@
 //! operand is. A form's key is its shortest encoding in 64-bit mode with the memory operand at [RSI]; as no encoding is
 //! the start of another, zeroes behind it change nothing.
 
+use super::selected::{self, Masked};
 use super::stub;
 use crate::core::Core;
 use iced_x86::{
@@ -49,6 +50,12 @@ pub struct Form {
     pub read: bool,
     /// It is written.
     pub write: bool,
+    /// An opmask selects parts of the memory operand.
+    pub masked: Option<Masked>,
+    /// Vector registers below 16, as a set, whose bits above 255 become zero without the stub saying so.
+    pub clears: u16,
+    /// It may set such bits.
+    pub widens: bool,
     /// The last opcode that the x87 unit notes when the host runs the stub.
     pub opcode: u16,
 }
@@ -67,6 +74,9 @@ impl Form {
             return None;
         }
         let uses = Uses::of(&mut instruction);
+        let written = uses.vectors.iter().filter(|vector| vector.1 && vector.0 < 16);
+        let written = written.fold(0, |set, (number, _)| set | 1 << number);
+        let extends = uses.vex || uses.evex;
         let memory = memory_operand(&instruction);
         let bytes = if memory.is_some() {
             instruction.memory_size().size() as u8
@@ -89,7 +99,10 @@ impl Form {
             bytes,
             align: alignment(&instruction, bytes, &uses),
             read: matches!(access, OpAccess::Read | OpAccess::ReadWrite | OpAccess::CondRead),
-            write: matches!(access, OpAccess::Write | OpAccess::ReadWrite),
+            write: matches!(access, OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite),
+            masked: memory.and_then(|_| selected::masked(&instruction)),
+            clears: if extends && !uses.zmm { written } else { 0 },
+            widens: uses.zmm && written != 0,
             opcode,
         };
         Some((form, stub.code))
@@ -190,7 +203,15 @@ fn alignment(instruction: &Instruction, bytes: u8, uses: &Uses) -> u8 {
         }
         _ => matches!(
             instruction.mnemonic(),
-            M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovntps | M::Vmovntpd | M::Vmovntdq | M::Vmovntdqa
+            M::Vmovaps
+                | M::Vmovapd
+                | M::Vmovdqa
+                | M::Vmovdqa32
+                | M::Vmovdqa64
+                | M::Vmovntps
+                | M::Vmovntpd
+                | M::Vmovntdq
+                | M::Vmovntdqa
         ),
     };
     if aligned && bytes != 0 { bytes - 1 } else { 0 }
@@ -205,7 +226,8 @@ pub fn uses_mxcsr(mnemonic: Mnemonic) -> bool {
         || float
             && [
                 "add", "sub", "mul", "div", "sqrt", "min", "max", "cmp", "hadd", "hsub", "dp", "round", "comi",
-                "ucomi", "rcp", "rsqrt", "fm", "fnm",
+                "ucomi", "rcp", "rsqrt", "fm", "fnm", "fixupimm", "fpclass", "getexp", "getmant", "range", "reduce",
+                "rndscale", "scalef",
             ]
             .iter()
             .any(|prefix| name.starts_with(prefix))
@@ -218,10 +240,16 @@ pub struct Uses {
     pub gprs: Vec<Gpr>,
     /// Vector registers, by number, and whether they are written.
     pub vectors: Vec<(u32, bool)>,
+    /// Opmask registers, by number, and whether they are written.
+    pub opmasks: Vec<(u32, bool)>,
     /// Whole YMM registers are read.
     pub wide: bool,
+    /// Whole ZMM registers are used.
+    pub zmm: bool,
     /// VEX-encoded.
     pub vex: bool,
+    /// EVEX-encoded.
+    pub evex: bool,
     /// x87 or MMX state is used.
     pub x87: bool,
     /// MMX instruction.
@@ -253,6 +281,7 @@ impl Uses {
     fn of(instruction: &mut Instruction) -> Self {
         let mut uses = Self {
             vex: instruction.encoding() == EncodingKind::VEX,
+            evex: instruction.encoding() == EncodingKind::EVEX,
             mxcsr: uses_mxcsr(instruction.mnemonic()),
             memory: memory_operand(instruction).is_some(),
             ..Self::default()
@@ -269,14 +298,19 @@ impl Uses {
             if register.is_gpr() {
                 uses.gpr(register.full_register().number() as u32, written);
             } else if register.is_vector_register() {
-                uses.vector(register.number() as u32, written);
+                add(&mut uses.vectors, register.number() as u32, written);
+            } else if register.is_k() {
+                add(&mut uses.opmasks, register.number() as u32, written);
             } else if register.is_mm() {
                 uses.mmx = true;
             } else if register.is_st() {
                 uses.x87 = true;
             }
         }
-        uses.wide = (0..instruction.op_count()).any(|operand| instruction.op_register(operand).is_ymm());
+        let mut operands = (0..instruction.op_count()).map(|operand| instruction.op_register(operand));
+        uses.zmm = operands.clone().any(Register::is_zmm);
+        // An EVEX encoding may take one register of another's size.
+        uses.wide = uses.evex || operands.any(Register::is_ymm);
         let has = |feature| instruction.cpuid_features().contains(&feature);
         uses.mmx |= has(CpuidFeature::MMX);
         uses.x87 |= uses.mmx || has(CpuidFeature::FPU) || has(CpuidFeature::FPU287) || has(CpuidFeature::FPU387);
@@ -287,6 +321,7 @@ impl Uses {
         // Conversions from memory to a general register have no vector register.
         let vectors = !uses.vectors.is_empty() || uses.mxcsr;
         uses.needs = match (uses.vex, vectors) {
+            _ if uses.evex || !uses.opmasks.is_empty() => needs::AVX512,
             (true, true) => needs::AVX,
             (true, false) => needs::VEX,
             (false, true) => needs::SSE,
@@ -304,13 +339,6 @@ impl Uses {
                 host: number,
                 written,
             }),
-        }
-    }
-
-    fn vector(&mut self, number: u32, written: bool) {
-        match self.vectors.iter_mut().find(|vector| vector.0 == number) {
-            Some(vector) => vector.1 |= written,
-            None => self.vectors.push((number, written)),
         }
     }
 
@@ -335,6 +363,13 @@ impl Uses {
                 instruction.set_op_register(operand, first + free);
             }
         }
+    }
+}
+
+fn add(registers: &mut Vec<(u32, bool)>, number: u32, written: bool) {
+    match registers.iter_mut().find(|register| register.0 == number) {
+        Some(register) => register.1 |= written,
+        None => registers.push((number, written)),
     }
 }
 

@@ -1,10 +1,11 @@
-//! Masked moves and gathers: they touch only the elements that a mask selects, so the host cannot run them on a buffer.
+//! Masked moves and gathers of AVX2: they touch only the elements that a mask selects, so the host cannot run them on a
+//! buffer.
 
 use super::form::needs;
 use crate::core::Core;
 use crate::fault::Exec;
 use crate::insn::{COMPLEX, Insn};
-use iced_x86::{Instruction, Mnemonic, OpKind, Register};
+use iced_x86::{EncodingKind, Instruction, Mnemonic, OpKind, Register};
 
 /// Bytes of an element, in [`Insn::extra`].
 const ELEMENT: u32 = 0xff;
@@ -17,6 +18,9 @@ const REGISTER: u32 = 24;
 /// Fills in handler, registers and sizes if `instruction` is one of these.
 pub fn decode(instruction: &Instruction, insn: &mut Insn) -> bool {
     use Mnemonic as M;
+    if instruction.encoding() == EncodingKind::EVEX {
+        return false;
+    }
     let number = |operand| instruction.op_register(operand).number() as u8;
     let (element, index) = match instruction.mnemonic() {
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => {
@@ -75,15 +79,51 @@ impl Core {
         self.linear_at(insn, offset, bytes, write)
     }
 
-    fn linear_at(&mut self, insn: &Insn, offset: u64, bytes: u64, write: bool) -> Exec<u64> {
+    pub(super) fn linear_at(&mut self, insn: &Insn, offset: u64, bytes: u64, write: bool) -> Exec<u64> {
         if insn.flags & COMPLEX == 0 {
             return Ok(offset);
         }
         self.segment_linear(insn.segment.into(), offset, bytes, write)
     }
 
+    /// Loads the pieces of `bytes` bytes that `chosen` names by their first byte.
+    pub(super) fn load_pieces(
+        &mut self,
+        insn: &Insn,
+        data: &mut [u8],
+        bytes: usize,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Exec {
+        for at in (0..data.len()).step_by(bytes).filter(|&at| chosen(at)) {
+            let linear = self.linear_beside(insn, at as u64, bytes as u64, false)?;
+            self.load_bytes(linear, &mut data[at..at + bytes])?;
+        }
+        Ok(())
+    }
+
+    /// Raises what storing these pieces would.
+    pub(super) fn writable_pieces(
+        &mut self,
+        insn: &Insn,
+        length: usize,
+        bytes: usize,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Exec {
+        for at in (0..length).step_by(bytes).filter(|&at| chosen(at)) {
+            let linear = self.linear_beside(insn, at as u64, bytes as u64, true)?;
+            self.host_range(linear, bytes as u64, true)?;
+        }
+        Ok(())
+    }
+
     /// Stores the pieces of `data` that `chosen` names by their first byte: all or none.
-    fn store_pieces(&mut self, insn: &Insn, data: &[u8], bytes: usize, chosen: impl Fn(usize) -> bool) -> Exec {
+    pub(super) fn store_pieces(
+        &mut self,
+        insn: &Insn,
+        data: &[u8],
+        bytes: usize,
+        chosen: impl Fn(usize) -> bool,
+    ) -> Exec {
         self.store_at(data, bytes, chosen, |core, at| {
             core.linear_beside(insn, at as u64, bytes as u64, true)
         })
@@ -111,7 +151,7 @@ impl Core {
         chosen: impl Fn(usize) -> bool,
         linear: impl Fn(&mut Self, usize) -> Exec<u64>,
     ) -> Exec {
-        let mut places = [0; 16];
+        let mut places = [0; 64];
         for (place, at) in places.iter_mut().zip((0..data.len()).step_by(bytes)) {
             if chosen(at) {
                 *place = linear(self, at)?;
@@ -126,7 +166,7 @@ impl Core {
         Ok(())
     }
 
-    fn load_element(&mut self, linear: u64, data: &mut [u8]) -> Exec {
+    pub(super) fn load_element(&mut self, linear: u64, data: &mut [u8]) -> Exec {
         if data.len() == 4 {
             data.copy_from_slice(&self.load::<u32>(linear)?.to_le_bytes());
         } else {
@@ -149,6 +189,7 @@ fn mask_load(core: &mut Core, insn: &Insn) -> Exec {
         }
     }
     core.vector.ymm[usize::from(insn.reg)] = result;
+    core.clear_high(1 << insn.reg);
     Ok(())
 }
 
@@ -217,5 +258,6 @@ fn gather(core: &mut Core, insn: &Insn) -> Exec {
     }
     core.vector.ymm[mask].fill(0);
     core.vector.ymm[target][count * bytes..].fill(0);
+    core.clear_high(1 << target | 1 << mask);
     Ok(())
 }

@@ -4,14 +4,17 @@
 //! - [`decode`] makes an [`Insn`] of the guest's bytes; [`form`] says what instructions are the same but for their memory
 //!   operand, [`stub`] makes code for a form, [`arena`] keeps it.
 //! - [`run`] checks what the processor checks before execution, finds the memory operand and calls the stub.
-//! - [`masked`] has what touches only some elements of memory; [`trap`] unmasked SIMD exceptions.
+//! - [`masked`] has what touches only some elements of memory, [`gather`] what has an address for each element, and
+//!   [`selected`] memory operands under an opmask; [`trap`] unmasked SIMD exceptions.
 
 mod arena;
 mod decode;
 mod features;
 mod form;
+mod gather;
 mod masked;
 mod run;
+mod selected;
 mod stub;
 mod trap;
 

@@ -2,6 +2,7 @@
 
 use super::arena::arena;
 use super::form::{Form, needs};
+use super::selected;
 use crate::core::{CodeSize, Core};
 use crate::fault::{Exec, vector};
 use crate::insn::{Handler, Insn};
@@ -12,6 +13,7 @@ pub fn handler(form: &Form) -> Handler {
     match (form.x87(), form.bytes) {
         (true, _) => x87,
         (false, 0) => registers,
+        (false, _) if form.masked.is_some() => masked_memory,
         (false, _) => memory,
     }
 }
@@ -33,6 +35,12 @@ fn memory(core: &mut Core, insn: &Insn) -> Exec {
     with_memory(core, insn, form)
 }
 
+fn masked_memory(core: &mut Core, insn: &Insn) -> Exec {
+    let form = form(insn);
+    core.permit(form.needs, form.mmx)?;
+    selected::with_memory(core, insn, form)
+}
+
 fn x87(core: &mut Core, insn: &Insn) -> Exec {
     execute_x87(core, insn, form(insn))
 }
@@ -44,10 +52,10 @@ pub fn once(core: &mut Core, insn: &Insn) -> Exec {
             return execute_x87(core, insn, form);
         }
         core.permit(form.needs, form.mmx)?;
-        if form.bytes == 0 {
-            call(core, form, std::ptr::null_mut())
-        } else {
-            with_memory(core, insn, form)
+        match (form.bytes, form.masked) {
+            (0, _) => call(core, form, std::ptr::null_mut()),
+            (_, None) => with_memory(core, insn, form),
+            (_, Some(_)) => selected::with_memory(core, insn, form),
         }
     };
     let arena = arena().expect("decoding needed it");
@@ -55,9 +63,13 @@ pub fn once(core: &mut Core, insn: &Insn) -> Exec {
 }
 
 #[inline(always)]
-fn call(core: &mut Core, form: &Form, memory: *mut u8) -> Exec {
+pub(super) fn call(core: &mut Core, form: &Form, memory: *mut u8) -> Exec {
     // SAFETY: the stub touches the core's registers and the form's bytes at `memory`, and keeps the ABI.
     if unsafe { form.stub()(core, memory) } == 0 {
+        if core.vector.zmm_high_used {
+            core.clear_high(form.clears);
+        }
+        core.vector.zmm_high_used |= form.widens;
         return Ok(());
     }
     // CR4.OSXMMEXCPT.
@@ -66,7 +78,7 @@ fn call(core: &mut Core, form: &Form, memory: *mut u8) -> Exec {
 }
 
 #[inline(always)]
-fn with_memory(core: &mut Core, insn: &Insn, form: &Form) -> Exec {
+pub(super) fn with_memory(core: &mut Core, insn: &Insn, form: &Form) -> Exec {
     let bytes = u64::from(form.bytes);
     let linear = core.linear(insn, bytes, form.write)?;
     if linear & u64::from(form.align) != 0 {
@@ -79,7 +91,7 @@ fn with_memory(core: &mut Core, insn: &Insn, form: &Form) -> Exec {
 }
 
 #[repr(align(64))]
-struct Bounce([u8; 128]);
+pub(super) struct Bounce(pub(super) [u8; 128]);
 
 /// The operand crosses a page, is not RAM, or is to be written over code: goes through a buffer.
 #[cold]
@@ -172,6 +184,7 @@ pub fn zero_upper(core: &mut Core, _: &Insn) -> Exec {
     core.vector.ymm[..count]
         .iter_mut()
         .for_each(|register| register[16..].fill(0));
+    core.vector.zmm_high[..count].fill([0; 32]);
     Ok(())
 }
 
@@ -180,6 +193,7 @@ pub fn zero_all(core: &mut Core, _: &Insn) -> Exec {
     core.permit(needs::AVX, false)?;
     let count = core.vector_registers();
     core.vector.ymm[..count].fill([0; 32]);
+    core.vector.zmm_high[..count].fill([0; 32]);
     Ok(())
 }
 
@@ -224,6 +238,14 @@ impl Core {
             _ => emulate && mmx,
         };
         self.raise(if wrong { vector::UD } else { vector::NM })
+    }
+
+    /// Zeroes the bits above 255 of vector registers below 16, given as a set.
+    #[cold]
+    pub(super) fn clear_high(&mut self, registers: u16) {
+        let high = self.vector.zmm_high.iter_mut().enumerate();
+        high.filter(|(number, _)| registers >> number & 1 != 0)
+            .for_each(|(_, high)| high.fill(0));
     }
 
     /// Raises #MF if an x87 exception is pending.

@@ -20,6 +20,9 @@ const fn vector(part: usize) -> usize {
 }
 
 const YMM: usize = vector(offset_of!(VectorState, ymm));
+const ZMM_HIGH: usize = vector(offset_of!(VectorState, zmm_high));
+const ZMM: usize = vector(offset_of!(VectorState, zmm));
+const OPMASK: usize = vector(offset_of!(VectorState, opmask));
 const FX: usize = vector(offset_of!(VectorState, fx));
 const MXCSR: usize = vector(offset_of!(VectorState, mxcsr));
 const HOST_MXCSR: usize = offset_of!(Core, native) + offset_of!(Native, host_mxcsr);
@@ -110,6 +113,57 @@ impl Assembler {
         self.unless_equal(|a| a.at(Code::Ldmxcsr_m32, HOST_MXCSR))
     }
 
+    fn load_vector(&mut self, uses: &Uses, number: u32) -> Emit {
+        use Register as R;
+        let at = number as usize;
+        if at >= 16 {
+            return self.load(
+                Code::EVEX_Vmovups_zmm_k1z_zmmm512,
+                R::ZMM0 + number,
+                ZMM + (at - 16) * 64,
+            );
+        }
+        let (code, register) = match (uses.vex || uses.evex, uses.wide) {
+            (false, _) => (Code::Movups_xmm_xmmm128, R::XMM0),
+            (true, false) => (Code::VEX_Vmovups_xmm_xmmm128, R::XMM0),
+            (true, true) => (Code::VEX_Vmovups_ymm_ymmm256, R::YMM0),
+        };
+        self.load(code, register + number, YMM + at * 32)?;
+        if uses.zmm {
+            let (register, high) = (R::ZMM0 + number, self.place(ZMM_HIGH + at * 32));
+            let code = Code::EVEX_Vinsertf64x4_zmm_k1z_zmm_ymmm256_imm8;
+            self.emit(Instruction::with4(code, register, register, high, 1))?;
+        }
+        Ok(())
+    }
+
+    /// Legacy encodings keep the upper half, VEX encodings clear it, and what is above 255: see [`Form::clears`].
+    ///
+    /// [`Form::clears`]: super::form::Form::clears
+    fn store_vector(&mut self, uses: &Uses, number: u32) -> Emit {
+        use Register as R;
+        let at = number as usize;
+        if at >= 16 {
+            return self.store(
+                Code::EVEX_Vmovups_zmmm512_k1z_zmm,
+                ZMM + (at - 16) * 64,
+                R::ZMM0 + number,
+            );
+        }
+        let (code, register) = if uses.vex || uses.evex {
+            (Code::VEX_Vmovups_ymmm256_ymm, R::YMM0)
+        } else {
+            (Code::Movups_xmmm128_xmm, R::XMM0)
+        };
+        self.store(code, YMM + at * 32, register + number)?;
+        if uses.zmm {
+            let (register, high) = (R::ZMM0 + number, self.place(ZMM_HIGH + at * 32));
+            let code = Code::EVEX_Vextractf64x4_ymmm256_k1z_zmm_imm8;
+            self.emit(Instruction::with3(code, high, register, 1))?;
+        }
+        Ok(())
+    }
+
     /// Gives the host its state back and returns `result`.
     fn leave(&mut self, uses: &Uses, saved: &[Register], result: i32) -> Emit {
         if uses.x87 {
@@ -162,13 +216,11 @@ fn try_assemble(mut instruction: Instruction, uses: &Uses) -> Result<Assembled, 
     if uses.x87 {
         a.at(Code::Fxrstor64_m512byte, FX)?;
     }
-    let (load, load_from) = match (uses.vex, uses.wide) {
-        (false, _) => (Code::Movups_xmm_xmmm128, R::XMM0),
-        (true, false) => (Code::VEX_Vmovups_xmm_xmmm128, R::XMM0),
-        (true, true) => (Code::VEX_Vmovups_ymm_ymmm256, R::YMM0),
-    };
     for &(number, _) in &uses.vectors {
-        a.load(load, load_from + number, YMM + number as usize * 32)?;
+        a.load_vector(uses, number)?;
+    }
+    for &(number, _) in &uses.opmasks {
+        a.load(Code::VEX_Kmovq_kr_km64, R::K0 + number, OPMASK + number as usize * 8)?;
     }
     if uses.mxcsr {
         a.enter_mxcsr()?;
@@ -200,14 +252,11 @@ fn try_assemble(mut instruction: Instruction, uses: &Uses) -> Result<Assembled, 
         a.emit(Instruction::with1(Code::Seto_rm8, R::AL))?;
         a.store(Code::Mov_rm16_r16, FLAGS, R::AX)?;
     }
-    // Legacy encodings keep the upper half, VEX encodings clear it.
-    let (store, store_from) = if uses.vex {
-        (Code::VEX_Vmovups_ymmm256_ymm, R::YMM0)
-    } else {
-        (Code::Movups_xmmm128_xmm, R::XMM0)
-    };
     for &(number, _) in uses.vectors.iter().filter(|vector| vector.1) {
-        a.store(store, YMM + number as usize * 32, store_from + number)?;
+        a.store_vector(uses, number)?;
+    }
+    for &(number, _) in uses.opmasks.iter().filter(|opmask| opmask.1) {
+        a.store(Code::VEX_Kmovq_m64_kr, OPMASK + number as usize * 8, R::K0 + number)?;
     }
     if uses.x87 {
         a.at(Code::Fxsave64_m512byte, FX)?;

@@ -3,7 +3,7 @@
 use crate::layout::{DATA, original};
 use crate::state::{Case, End, Outcome, SELECTORS, State, area};
 use crate::undefined::{self, Undefined};
-use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter};
+use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, IntelFormatter, Register};
 
 const NAMES: [&str; 16] = [
     "rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
@@ -180,13 +180,19 @@ fn vectors(found: &mut Differences, undefined: &Undefined, native: &Outcome, gue
         (native.mxcsr() & compared).into(),
         (guest.mxcsr() & compared).into(),
     );
-    for number in (0..16).filter(|number| undefined.vectors >> number & 1 == 0) {
+    let count = if area::avx512() { 32 } else { 16 };
+    for number in (0..count).filter(|number| undefined.vectors >> number & 1 == 0) {
         found.check(
-            &format!("ymm{number}"),
-            native.ymm(number),
-            guest.ymm(number),
+            &format!("vector {number}"),
+            native.vector(number),
+            guest.vector(number),
             |value| hex(value),
         );
+    }
+    if area::avx512() {
+        for number in (0..8).filter(|number| undefined.opmasks >> number & 1 == 0) {
+            found.number(&format!("k{number}"), native.opmask(number), guest.opmask(number));
+        }
     }
 }
 
@@ -245,6 +251,9 @@ pub fn describe(case: &Case, native: &Outcome, name: &str, differences: &[String
         case.state.gs_base,
         case.state.mxcsr()
     );
+    if let Some(opmask) = (decode(case).op_mask() != Register::None).then(|| decode(case).op_mask().number()) {
+        report += &format!("    k{opmask}={:x}\n", case.state.opmask(opmask));
+    }
     for difference in differences {
         report += &format!("    {difference}\n");
     }
@@ -263,7 +272,7 @@ mod tests {
         native.end = End::Retired;
         native.lines_changed = 2;
         (native.lines[0].address, native.lines[1].address) = (DATA as u32 + 0x1000, DATA as u32 + 0x2000);
-        let wrong: [fn(&mut Outcome, usize); 10] = [
+        let mut wrong: Vec<fn(&mut Outcome, usize)> = vec![
             |outcome, at| outcome.state.gpr[at % 16] ^= 1 << (at % 64),
             |outcome, at| outcome.state.area[area::XMM + at % 256] ^= 1,
             |outcome, at| outcome.state.area[area::YMM_HIGH + at % 256] ^= 0x80,
@@ -284,6 +293,11 @@ mod tests {
                 outcome.vector = at as u32 % 32;
             },
         ];
+        if area::avx512() {
+            wrong.push(|outcome, at| outcome.state.area[area::places()[0] + at % 64] ^= 1);
+            wrong.push(|outcome, at| outcome.state.area[area::places()[1] + at % 128 * 4] ^= 1);
+            wrong.push(|outcome, at| outcome.state.area[area::places()[2] + at * 4 + 3] ^= 1);
+        }
         assert!(differences(&case, &native, &native).is_empty());
         for change in wrong {
             for at in 0..256 {

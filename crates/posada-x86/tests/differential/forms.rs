@@ -1,6 +1,7 @@
 //! Which instruction forms are tested: all that user mode has in 64-bit and compatibility mode with the features that the software CPU offers,
 //! less a table of exceptions with their reasons.
 
+use crate::state::area;
 use iced_x86::{Code, CpuidFeature, EncodingKind, Mnemonic, OpCodeOperandKind};
 
 /// The features that the software CPU offers and that user-mode instructions belong to.
@@ -48,6 +49,9 @@ const FEATURES: &[CpuidFeature] = {
         XSAVEOPT,
         XSAVES,
         PREFETCHW,
+        GFNI,
+        VAES,
+        VPCLMULQDQ,
         CLFSH,
         CLFLUSHOPT,
         CLWB,
@@ -63,6 +67,24 @@ const FEATURES: &[CpuidFeature] = {
         CPUID,
         INVPCID,
         SMAP,
+    ]
+};
+
+/// Those beside, if the software CPU shows AVX-512.
+const AVX512: &[CpuidFeature] = {
+    use CpuidFeature::*;
+    &[
+        AVX512F,
+        AVX512CD,
+        AVX512BW,
+        AVX512DQ,
+        AVX512VL,
+        AVX512_IFMA,
+        AVX512_VBMI,
+        AVX512_VBMI2,
+        AVX512_VNNI,
+        AVX512_BITALG,
+        AVX512_VPOPCNTDQ,
     ]
 };
 
@@ -97,6 +119,12 @@ impl Form {
 
 /// The forms to test and, with their reasons, those that a table leaves out.
 pub fn all() -> (Vec<Form>, Vec<(Code, &'static str)>) {
+    let avx512 = if area::avx512() {
+        AVX512
+    } else {
+        println!("forms of AVX-512 are left out: the host's processor has none of it");
+        &[]
+    };
     let mut skipped = Vec::new();
     let mut forms = Vec::new();
     for (bits, code) in [64, 32]
@@ -111,8 +139,14 @@ pub fn all() -> (Vec<Form>, Vec<(Code, &'static str)>) {
         let user = info.is_instruction()
             && there
             && info.decoder_option() == 0
-            && matches!(info.encoding(), EncodingKind::Legacy | EncodingKind::VEX)
-            && code.cpuid_features().iter().all(|feature| FEATURES.contains(feature));
+            && matches!(
+                info.encoding(),
+                EncodingKind::Legacy | EncodingKind::VEX | EncodingKind::EVEX
+            )
+            && code
+                .cpuid_features()
+                .iter()
+                .all(|feature| FEATURES.contains(feature) || avx512.contains(feature));
         if !user {
             continue;
         }

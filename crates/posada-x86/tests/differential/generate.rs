@@ -62,8 +62,8 @@ pub fn operand_address(instruction: &Instruction, case: &Case) -> Option<u64> {
 /// Bytes of memory that an instruction touches, where the table of sizes does not say.
 fn operand_size(instruction: &Instruction, size: MemorySize) -> u64 {
     match instruction.mnemonic() {
-        Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 => area::SIZE as u64,
-        Mnemonic::Xsavec | Mnemonic::Xsavec64 | Mnemonic::Xrstor | Mnemonic::Xrstor64 => area::SIZE as u64,
+        Mnemonic::Xsave | Mnemonic::Xsave64 | Mnemonic::Xsaveopt | Mnemonic::Xsaveopt64 => area::used() as u64,
+        Mnemonic::Xsavec | Mnemonic::Xsavec64 | Mnemonic::Xrstor | Mnemonic::Xrstor64 => area::used() as u64,
         Mnemonic::Clflush | Mnemonic::Clflushopt | Mnemonic::Clwb => 1,
         _ => size.size() as u64,
     }
@@ -265,7 +265,7 @@ impl Draft<'_> {
         if !register.is_vector_register() || used.vsib_size() == 0 {
             return;
         }
-        let mut value = [0; 32];
+        let mut value = [0; 64];
         for lane in value.chunks_mut(used.vsib_size() as usize) {
             let index = match self.rng.below(24) {
                 0 => self.rng.next() as i64,
@@ -274,14 +274,14 @@ impl Draft<'_> {
             };
             lane.copy_from_slice(&index.to_le_bytes()[..lane.len()]);
         }
-        self.case.state.set_ymm(register.number(), &value);
+        self.case.state.set_vector(register.number(), &value);
     }
 
     /// Bytes that suit the operand's type.
     fn fill(&mut self, kind: MemorySize, target: u64, size: u64) {
         use MemorySize as M;
-        let mut bytes = [0; 1024];
-        let bytes = &mut bytes[..size.clamp(1, 1024) as usize];
+        let mut bytes = [0; 4096];
+        let bytes = &mut bytes[..size.clamp(1, 4096) as usize];
         match kind.element_type() {
             M::Float80 => bytes.copy_from_slice(&values::extended(&mut self.rng)),
             M::Float32 | M::Float64 | M::Int32 | M::UInt32 | M::UInt64 | M::Int64 | M::UInt128 => {
@@ -331,10 +331,10 @@ impl Draft<'_> {
             return;
         }
         if bytes.len() > 512 {
-            source[area::HEADER] = self.rng.next() as u8 & 7;
+            source[area::HEADER] = self.rng.next() as u8 & area::components();
             if self.rng.chance(25) {
                 // Compacted.
-                source[area::HEADER + 8] = source[area::HEADER] | self.rng.next() as u8 & 7;
+                source[area::HEADER + 8] = source[area::HEADER] | self.rng.next() as u8 & area::components();
                 source[area::HEADER + 15] = 0x80;
             }
         }
@@ -463,7 +463,7 @@ impl Draft<'_> {
             | Mnemonic::Xrstor
             | Mnemonic::Xrstor64 => {
                 // Only components that both processors have: the host's XCR0 may hold more.
-                self.case.state.gpr[rax] &= 7;
+                self.case.state.gpr[rax] &= u64::from(area::components());
                 self.case.state.gpr[rdx] = 0;
             }
             Mnemonic::Wrfsbase | Mnemonic::Wrgsbase => {

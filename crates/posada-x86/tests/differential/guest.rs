@@ -54,7 +54,7 @@ impl Guest {
         // CR0: PG, AM, WP, NE, ET, MP, PE. CR4: OSXSAVE, FSGSBASE, OSXMMEXCPT, OSFXSR, PAE. EFER: NXE, LMA, LME, SCE.
         core.cr = [0x8005_0033, 0, 0, pml4, 0x5_0620];
         core.msr.efer = 0xd01;
-        core.vector.xcr0 = 7;
+        core.vector.xcr0 = area::components().into();
         core.gdtr = DescriptorTable::default();
         core.idtr = DescriptorTable::default();
         core.ldtr = Segment::default();
@@ -131,6 +131,14 @@ impl Guest {
         for number in 0..16 {
             core.vector.ymm[number] = state.ymm(number);
         }
+        if area::avx512() {
+            for number in 0..16 {
+                core.vector.zmm_high[number].copy_from_slice(&state.vector(number)[32..]);
+                core.vector.zmm[number] = state.vector(16 + number);
+            }
+            core.vector.zmm_high_used = true;
+            core.vector.opmask = std::array::from_fn(|number| state.opmask(number));
+        }
         core.update_mode();
     }
 
@@ -146,6 +154,17 @@ impl Guest {
         state.area[area::MXCSR..][..4].copy_from_slice(&core.vector.mxcsr.to_le_bytes());
         for (number, value) in core.vector.ymm.iter().enumerate() {
             state.set_ymm(number, value);
+        }
+        if area::avx512() {
+            for number in 0..16 {
+                let mut value = state.vector(number);
+                value[32..].copy_from_slice(&core.vector.zmm_high[number]);
+                state.set_vector(number, &value);
+                state.set_vector(16 + number, &core.vector.zmm[number]);
+            }
+            for (number, value) in core.vector.opmask.into_iter().enumerate() {
+                state.set_opmask(number, value);
+            }
         }
     }
 }

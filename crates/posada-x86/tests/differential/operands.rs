@@ -2,11 +2,20 @@
 
 use crate::layout::{CODE, DATA, PAGE};
 use crate::rng::Rng;
-use iced_x86::{Code, CodeSize, Instruction, OpCodeOperandKind, OpKind, Register};
+use iced_x86::{Code, CodeSize, EncodingKind, Instruction, OpCodeOperandKind, OpKind, Register, RoundingControl};
 
 /// Registers of a kind, but MMX's.
 fn registers(bits: u32) -> u64 {
     if bits == 32 { 8 } else { 16 }
+}
+
+/// Vector registers of an encoding.
+fn vectors(bits: u32, code: Code) -> u64 {
+    match bits {
+        32 => 8,
+        _ if code.encoding() == EncodingKind::EVEX => 32,
+        _ => 16,
+    }
 }
 
 fn numbered(first: Register, number: u64) -> Register {
@@ -86,6 +95,10 @@ fn memory(rng: &mut Rng, plan: &Plan, instruction: &mut Instruction, index: Opti
             displacement = rng.range(-128, 128);
         }
     }
+    if instruction.code().encoding() == EncodingKind::EVEX && shape != 1 && rng.chance(30) {
+        // Compressed to a byte.
+        displacement = rng.range(-128, 128) * 64;
+    }
     if vector || shape > 5 {
         let index = index.unwrap_or_else(|| {
             let count = registers(plan.bits);
@@ -159,6 +172,7 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
             byte_value &= 0x1f;
         }
         let number = rng.below(registers(plan.bits));
+        let vector = rng.below(vectors(plan.bits, code));
         match kind {
             K::mem | K::mem_offs => {
                 made.set_op_kind(operand, OpKind::Memory);
@@ -171,11 +185,15 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
             }
             K::mem_vsib32x | K::mem_vsib64x => {
                 made.set_op_kind(operand, OpKind::Memory);
-                memory(rng, plan, &mut made, Some(numbered(Register::XMM0, number)));
+                memory(rng, plan, &mut made, Some(numbered(Register::XMM0, vector)));
             }
             K::mem_vsib32y | K::mem_vsib64y => {
                 made.set_op_kind(operand, OpKind::Memory);
-                memory(rng, plan, &mut made, Some(numbered(Register::YMM0, number)));
+                memory(rng, plan, &mut made, Some(numbered(Register::YMM0, vector)));
+            }
+            K::mem_vsib32z | K::mem_vsib64z => {
+                made.set_op_kind(operand, OpKind::Memory);
+                memory(rng, plan, &mut made, Some(numbered(Register::ZMM0, vector)));
             }
             K::r8_or_mem
             | K::r16_or_mem
@@ -184,6 +202,8 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
             | K::mm_or_mem
             | K::xmm_or_mem
             | K::ymm_or_mem
+            | K::zmm_or_mem
+            | K::k_or_mem
                 if plan.memory =>
             {
                 made.set_op_kind(operand, OpKind::Memory);
@@ -206,11 +226,15 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
             K::seg_reg => reg(&mut made, numbered(Register::ES, rng.below(6))),
             K::mm_or_mem | K::mm_reg | K::mm_rm => reg(&mut made, numbered(Register::MM0, number % 8)),
             K::xmm_or_mem | K::xmm_reg | K::xmm_rm | K::xmm_vvvv | K::xmm_is4 | K::xmm_is5 => {
-                reg(&mut made, numbered(Register::XMM0, number));
+                reg(&mut made, numbered(Register::XMM0, vector));
             }
             K::ymm_or_mem | K::ymm_reg | K::ymm_rm | K::ymm_vvvv | K::ymm_is4 | K::ymm_is5 => {
-                reg(&mut made, numbered(Register::YMM0, number));
+                reg(&mut made, numbered(Register::YMM0, vector));
             }
+            K::zmm_or_mem | K::zmm_reg | K::zmm_rm | K::zmm_vvvv => {
+                reg(&mut made, numbered(Register::ZMM0, vector));
+            }
+            K::k_or_mem | K::k_reg | K::k_rm | K::k_vvvv => reg(&mut made, numbered(Register::K0, number % 8)),
             K::cr_reg => reg(&mut made, numbered(Register::CR0, rng.pick(&[0, 2, 3, 4, 8]))),
             K::dr_reg => reg(&mut made, numbered(Register::DR0, number % 8)),
             K::es => reg(&mut made, Register::ES),
@@ -298,6 +322,19 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
         }
     }
     let stored = made.op0_kind() == OpKind::Memory;
+    let accesses = (0..made.op_count()).any(|operand| made.op_kind(operand) == OpKind::Memory);
+    if info.can_use_op_mask_register() && (info.require_op_mask_register() || rng.chance(70)) {
+        made.set_op_mask(numbered(Register::K1, rng.below(7)));
+        made.set_zeroing_masking(info.can_use_zeroing_masking() && !stored && rng.chance(40));
+    }
+    if accesses {
+        made.set_is_broadcast(info.can_broadcast() && rng.chance(40));
+    } else if info.can_use_rounding_control() && rng.chance(50) {
+        use RoundingControl::{RoundDown, RoundToNearest, RoundTowardZero, RoundUp};
+        made.set_rounding_control(rng.pick(&[RoundToNearest, RoundDown, RoundUp, RoundTowardZero]));
+    } else if info.can_suppress_all_exceptions() && rng.chance(50) {
+        made.set_suppress_all_exceptions(true);
+    }
     if info.can_use_lock_prefix() && stored && rng.chance(25) {
         made.set_has_lock_prefix(true);
     }
@@ -319,7 +356,7 @@ pub fn build(rng: &mut Rng, plan: &Plan, code: Code) -> Option<Instruction> {
 /// An address for an operand of `size` bytes that must be writable to succeed: mostly in the window, with every kind of
 /// edge among the rest.
 pub fn target(rng: &mut Rng, size: u64) -> u64 {
-    let size = size.clamp(1, 1024);
+    let size = size.clamp(1, 4096);
     let page = |number: u64| DATA + number * PAGE;
     let straddle = |rng: &mut Rng, boundary: u64| {
         boundary
@@ -330,6 +367,7 @@ pub fn target(rng: &mut Rng, size: u64) -> u64 {
             }
     };
     match rng.below(100) {
+        0..70 if size > 1024 => page(1) + 64 * rng.below((2 * PAGE - size) / 64),
         0..50 => page(1) + 0x400 + 64 * rng.below(0x60),
         50..70 => page(1) + 0x400 + rng.below(0x1800),
         // Between two writable pages, from there into the one that is read only, and into nothing.

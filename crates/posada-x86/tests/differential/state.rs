@@ -14,7 +14,32 @@ pub mod area {
     pub const XMM: usize = 160;
     pub const HEADER: usize = 512;
     pub const YMM_HIGH: usize = 576;
-    pub const SIZE: usize = 832;
+    /// The most bytes that any processor's has with the components here.
+    pub const SIZE: usize = 2688;
+
+    use std::arch::x86_64::__cpuid_count;
+    use std::sync::OnceLock;
+
+    /// The software CPU shows AVX-512, and so the host has it.
+    pub fn avx512() -> bool {
+        posada_x86::cpuid::features().avx512f
+    }
+
+    /// Components that cases fill and compare.
+    pub fn components() -> u8 {
+        if avx512() { 0xe7 } else { 7 }
+    }
+
+    /// Where the host's processor has the opmasks, the upper halves of ZMM0-15, and ZMM16-31.
+    pub fn places() -> [usize; 3] {
+        static PLACES: OnceLock<[usize; 3]> = OnceLock::new();
+        *PLACES.get_or_init(|| [5, 6, 7].map(|component| __cpuid_count(0xd, component).ebx as usize))
+    }
+
+    /// Bytes in use.
+    pub fn used() -> usize {
+        if avx512() { places()[2] + 1024 } else { 832 }
+    }
 }
 
 /// Segment registers in [`State::selectors`].
@@ -58,6 +83,48 @@ impl State {
         self.area[area::YMM_HIGH + 16 * number..][..16].copy_from_slice(&value[16..]);
     }
 
+    /// All of a vector register, 0 to 31; as far as the processor has it.
+    pub fn vector(&self, number: usize) -> [u8; 64] {
+        let mut value = [0; 64];
+        if number < 16 {
+            value[..32].copy_from_slice(&self.ymm(number));
+        }
+        if area::avx512() {
+            let (at, part) = self.upper(number);
+            value[64 - part..].copy_from_slice(&self.area[at..at + part]);
+        }
+        value
+    }
+
+    pub fn set_vector(&mut self, number: usize, value: &[u8; 64]) {
+        if number < 16 {
+            self.set_ymm(number, value[..32].try_into().unwrap());
+        }
+        if area::avx512() {
+            let (at, part) = self.upper(number);
+            self.area[at..at + part].copy_from_slice(&value[64 - part..]);
+        }
+    }
+
+    /// Offset and bytes of what a register has beyond XMM and YMM.
+    fn upper(&self, number: usize) -> (usize, usize) {
+        let [_, high, upper] = area::places();
+        match number {
+            0..16 => (high + 32 * number, 32),
+            _ => (upper + 64 * (number - 16), 64),
+        }
+    }
+
+    pub fn opmask(&self, number: usize) -> u64 {
+        let at = area::places()[0] + 8 * number;
+        u64::from_le_bytes(self.area[at..at + 8].try_into().unwrap())
+    }
+
+    pub fn set_opmask(&mut self, number: usize, value: u64) {
+        let at = area::places()[0] + 8 * number;
+        self.area[at..at + 8].copy_from_slice(&value.to_le_bytes());
+    }
+
     pub fn mxcsr(&self) -> u32 {
         u32::from_le_bytes(self.area[area::MXCSR..][..4].try_into().unwrap())
     }
@@ -87,7 +154,7 @@ pub struct Case {
     pub taken: u64,
     pub patch_count: u8,
     pub patches: [Patch; 12],
-    pub patch_bytes: [u8; 1280],
+    pub patch_bytes: [u8; 4096],
 }
 
 impl Case {
@@ -101,7 +168,7 @@ impl Case {
         taken: 0,
         patch_count: 0,
         patches: [Patch { address: 0, length: 0 }; 12],
-        patch_bytes: [0; 1280],
+        patch_bytes: [0; 4096],
     };
 
     /// The addresses after the instruction and where it branches to.

@@ -29,6 +29,8 @@ pub struct Context {
     host_fs: u64,
     host_gs: u64,
     mxcsr: u32,
+    /// What XSAVE and XRSTOR carry.
+    components: u32,
     /// Selector of the data segments.
     data: u32,
     /// A case runs: signals are its own.
@@ -93,7 +95,7 @@ global_asm!(
     "wrfsbase rax",
     "mov rax, [{context} + {input} + {gs}]",
     "wrgsbase rax",
-    "mov eax, 7",
+    "mov eax, [{context} + {components}]",
     "xor edx, edx",
     "xrstor64 [{context} + {input}]",
     "mov dword ptr [{context} + {running}], 1",
@@ -115,7 +117,7 @@ global_asm!(
     "pop [{context} + {output} + {rflags}]",
     "push 2",
     "popfq",
-    "mov eax, 7",
+    "mov eax, [{context} + {components}]",
     "xor edx, edx",
     "xsave64 [{context} + {output}]",
     "call 4f",
@@ -166,6 +168,7 @@ global_asm!(
     mxcsr = const offset_of!(Context, mxcsr),
     data = const offset_of!(Context, data),
     running = const offset_of!(Context, running),
+    components = const offset_of!(Context, components),
     gpr = const offset_of!(State, gpr),
     rflags = const offset_of!(State, rflags),
     fs = const offset_of!(State, fs_base),
@@ -217,13 +220,13 @@ extern "C" fn capture(user: &libc::ucontext_t) {
     context.vector = get(libc::REG_TRAPNO) as u32;
     context.error = get(libc::REG_ERR) as u32;
     context.address = get(libc::REG_CR2);
-    // SAFETY: the kernel writes a standard-format XSAVE area, which is at least this long on a processor with AVX.
+    // SAFETY: the kernel writes a standard-format XSAVE area, which is at least this long with these components.
     unsafe {
         context
             .output
             .area
             .as_mut_ptr()
-            .copy_from_nonoverlapping(user.uc_mcontext.fpregs.cast::<u8>(), area::SIZE)
+            .copy_from_nonoverlapping(user.uc_mcontext.fpregs.cast::<u8>(), area::used())
     };
 }
 
@@ -239,6 +242,7 @@ pub unsafe fn install() {
         posada_differential_exit1 as *const () as u64,
     ];
     context.mxcsr = 0x1f80;
+    context.components = area::components().into();
     // SAFETY: reads registers; the kernel lets user mode use the FSGSBASE instructions (checked by the parent).
     unsafe {
         asm!("rdfsbase {}", "rdgsbase {}", out(reg) context.host_fs, out(reg) context.host_gs);

@@ -25,7 +25,9 @@ pub struct Undefined {
     /// All of the x87 unit.
     pub x87: bool,
     /// One bit for each vector register.
-    pub vectors: u16,
+    pub vectors: u32,
+    /// One bit for each opmask register.
+    pub opmasks: u8,
     /// MXCSR's flags.
     pub mxcsr: bool,
     /// A numeric exception may hide one of memory.
@@ -174,13 +176,14 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
         // Ten bytes are eight and two.
         M::Fstp | M::Fbstp | M::Fld | M::Fbld if instruction.memory_size().size() == 10 => parts = 10,
         M::Fxsave | M::Fxsave64 => parts = 512,
-        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => parts = area::SIZE as u64,
+        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => parts = area::used() as u64,
         M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq => parts = 32,
         M::Fxrstor | M::Fxrstor64 => parts = 512,
         // Components that come before one that faults, or before a bad MXCSR, may be loaded.
         M::Xrstor | M::Xrstor64 => {
-            parts = area::SIZE as u64;
-            undefined.vectors = u16::MAX;
+            parts = area::used() as u64;
+            undefined.vectors = u32::MAX;
+            undefined.opmasks = u8::MAX;
             undefined.x87 = true;
             // Nor does the manual say which components are read that need not be, and whether before the header is judged.
             undefined.optional = true;
@@ -208,15 +211,26 @@ pub fn of_fault(instruction: &Instruction, case: &Case) -> Undefined {
         M::Vcvtps2ph => {
             undefined.numeric_first = case.state.mxcsr() & 0x1f80 != 0x1f80;
             undefined.mxcsr = true;
+            if instruction.op_mask() != Register::None {
+                parts = instruction.memory_size().size() as u64;
+            }
         }
         // Either operand may be read first.
         M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq => undefined.any_memory_fault = true,
         // Elements may be gathered in any order, as long as none is missing below the one that faults ("VGATHERDPS").
         _ if instruction.is_vsib() => {
             for operand in [0, 2] {
-                undefined.vectors |= 1 << instruction.op_register(operand).number();
+                let register = instruction.op_register(operand);
+                if register.is_vector_register() {
+                    undefined.vectors |= 1 << register.number();
+                }
+            }
+            if instruction.op_mask() != Register::None {
+                undefined.opmasks |= 1 << instruction.op_mask().number();
             }
         }
+        // Which of the elements that an opmask selects faults first.
+        _ if instruction.op_mask() != Register::None => parts = instruction.memory_size().size() as u64,
         _ => {}
     }
     if parts != 0

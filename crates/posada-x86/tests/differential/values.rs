@@ -167,6 +167,17 @@ pub fn registers(rng: &mut Rng, case: &mut Case) {
         lanes(rng, &mut value);
         state.set_ymm(number, &value);
     }
+    if area::avx512() {
+        for number in 0..32 {
+            let mut value = state.vector(number);
+            lanes(rng, &mut value[if number < 16 { 32 } else { 0 }..]);
+            state.set_vector(number, &value);
+        }
+        for number in 0..8 {
+            let value = opmask(rng);
+            state.set_opmask(number, value);
+        }
+    }
     let area = &mut state.area;
     let unmask = rng.chance(8);
     let control = control_word(rng, unmask);
@@ -196,6 +207,18 @@ pub fn registers(rng: &mut Rng, case: &mut Case) {
         area[area::ST + 16 * number..][..10].copy_from_slice(&value);
     }
     area[area::MXCSR..][..4].copy_from_slice(&mxcsr(rng).to_le_bytes());
-    // XSTATE_BV: all three parts are there.
-    area[area::HEADER] = 7;
+    // XSTATE_BV: all parts are there.
+    area[area::HEADER] = area::components();
+}
+
+/// All, none, few, or any.
+fn opmask(rng: &mut Rng) -> u64 {
+    match rng.below(8) {
+        0 => u64::MAX,
+        1 => 0,
+        2 => 1 << rng.below(64),
+        3 => rng.next() & rng.next() & rng.next(),
+        4 => (1 << rng.below(64)) - 1,
+        _ => rng.next(),
+    }
 }

@@ -3,11 +3,15 @@
 use super::{core, step};
 use crate::core::{Core, gpr};
 use crate::native::decode;
-use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register};
+use iced_x86::{
+    Decoder, DecoderOptions, EncodingKind, Instruction, InstructionInfoFactory, Mnemonic, OpKind, Register,
+};
 use std::arch::naked_asm;
 
 /// Where the guest finds the memory operand; the host's has the same low bits.
 const OPERAND: u64 = 0x440;
+/// All that gathers and scatters reach.
+const AROUND: std::ops::Range<usize> = 0x200..0x700;
 
 /// Registers as the host loads them, with room for a stack below.
 #[repr(C, align(4096))]
@@ -21,6 +25,11 @@ struct Host {
     host_mxcsr: u32,
     host_rsp: u64,
     code: u64,
+    /// AVX-512 is there.
+    wide: u64,
+    opmask: [u64; 8],
+    _unused: [u64; 3],
+    zmm: [[u8; 64]; 32],
     operand: [u8; 4096],
 }
 
@@ -40,6 +49,18 @@ unsafe extern "sysv64" fn run_on_host(_state: *mut u64) {
         ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
         "vmovups ymm\\n, [rsp + 640 + \\n * 32]",
         ".endr",
+        "cmp qword ptr [rsp + 1184], 0",
+        "je 2f",
+        ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
+        "kmovq k\\n, [rsp + 1192 + \\n * 8]",
+        ".endr",
+        ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+        "vmovups zmm\\n, [rsp + 1280 + \\n * 64]",
+        ".endr",
+        ".irp n, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31",
+        "vmovups zmm\\n, [rsp + 1280 + \\n * 64]",
+        ".endr",
+        "2:",
         "ldmxcsr [rsp + 1160]",
         "push qword ptr [rsp + 1152]",
         "popfq",
@@ -69,6 +90,18 @@ unsafe extern "sysv64" fn run_on_host(_state: *mut u64) {
         ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
         "vmovups [rsp + 640 + \\n * 32], ymm\\n",
         ".endr",
+        "cmp qword ptr [rsp + 1184], 0",
+        "je 2f",
+        ".irp n, 0, 1, 2, 3, 4, 5, 6, 7",
+        "kmovq [rsp + 1192 + \\n * 8], k\\n",
+        ".endr",
+        ".irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15",
+        "vmovups [rsp + 1280 + \\n * 64], zmm\\n",
+        ".endr",
+        ".irp n, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31",
+        "vmovups [rsp + 1280 + \\n * 64], zmm\\n",
+        ".endr",
+        "2:",
         "stmxcsr [rsp + 1160]",
         "fxsave64 [rsp + 128]",
         "fninit",
@@ -208,10 +241,16 @@ impl Sweep {
         };
         assert_ne!(code, libc::MAP_FAILED);
         // SAFETY: all zeroes is a valid value.
-        let host: Box<Host> = unsafe { Box::new_zeroed().assume_init() };
+        let mut host: Box<Host> = unsafe { Box::new_zeroed().assume_init() };
+        let mut core = core();
+        if std::arch::is_x86_feature_detected!("avx512vl") {
+            host.wide = 1;
+            core.vector.xcr0 = 0xe7;
+            core.update_mode();
+        }
         Self {
             random: Random(seed),
-            core: core(),
+            core,
             host,
             code: code.cast(),
             compared: Default::default(),
@@ -247,6 +286,22 @@ impl Sweep {
         for ymm in &mut core.vector.ymm {
             random.fill(ymm);
         }
+        if self.host.wide != 0 {
+            // Seldom in use by an instruction of 32 bytes at most.
+            core.vector.zmm_high_used = instruction.encoding() == EncodingKind::EVEX || random.next() & 1 == 0;
+            core.vector.zmm_high = [[0; 32]; 16];
+            if core.vector.zmm_high_used {
+                random.fill(core.vector.zmm_high.as_flattened_mut());
+            }
+            random.fill(core.vector.zmm.as_flattened_mut());
+            for opmask in &mut core.vector.opmask {
+                *opmask = match random.next() % 4 {
+                    0 => u64::MAX,
+                    1 => random.next() & random.next() & random.next(),
+                    _ => random.next(),
+                };
+            }
+        }
         core.set_rip(0x700);
         core.set_arithmetic(random.next());
         // Masked exceptions; flags, rounding, DAZ and FTZ at random.
@@ -274,10 +329,17 @@ impl Sweep {
         crate::xsave::normalize(&mut core.vector.fx);
         if instruction.is_vsib() {
             let bytes = if instruction.is_vsib64() { 8 } else { 4 };
-            let indices = &mut core.vector.ymm[instruction.memory_index().number()];
+            let number = instruction.memory_index().number();
+            let mut indices = core.vector_register(number);
             for index in indices.chunks_mut(bytes) {
                 let near = random.next() as i8 >> 1;
                 index.copy_from_slice(&i64::from(near).to_le_bytes()[..bytes]);
+            }
+            if number < 16 {
+                core.vector.ymm[number].copy_from_slice(&indices[..32]);
+            }
+            if self.host.wide != 0 {
+                core.set_vector_register(number, &indices);
             }
         }
         if (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory) {
@@ -304,6 +366,8 @@ impl Sweep {
         host.fx = core.vector.fx;
         host.fx[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
         host.ymm = core.vector.ymm;
+        host.zmm = std::array::from_fn(|number| core.vector_register(number));
+        host.opmask = core.vector.opmask;
         host.flags = core.rflags();
         (host.mxcsr, host.host_mxcsr) = (core.vector.mxcsr, 0x1f80);
         host.code = self.code as u64;
@@ -317,9 +381,10 @@ impl Sweep {
 
     fn describe(&self) -> String {
         format!(
-            "gprs {:x?}\nymm {:x?}\nfx {:x?}",
+            "gprs {:x?}\nymm {:x?}\nopmask {:x?}\nfx {:x?}",
             &self.core.regs[..16],
             self.core.vector.ymm,
+            self.core.vector.opmask,
             &self.core.vector.fx[..160]
         )
     }
@@ -334,8 +399,8 @@ impl Sweep {
             let value = u64::from_le_bytes(host.fx[at..at + 8].try_into().unwrap());
             host.fx[at..at + 8].copy_from_slice(&place(value, there, guest).to_le_bytes());
         }
-        let mut memory = [0; 128];
-        core.load_bytes(OPERAND, &mut memory).unwrap();
+        let mut memory = [0; AROUND.end - AROUND.start];
+        core.load_bytes(AROUND.start as u64, &mut memory).unwrap();
         let what = format!("{instruction} {:?} {bytes:02x?}\n{before}", instruction.code());
         assert_eq!(core.regs[..16], host.gprs, "registers: {what}");
         assert_eq!(core.rflags() & 0x8d5, host.flags & 0x8d5, "flags: {what}");
@@ -345,7 +410,15 @@ impl Sweep {
         assert_eq!(core.vector.mxcsr, host.mxcsr, "MXCSR: {what}");
         assert_eq!(core.vector.fx[..24], host.fx[..24], "x87 control: {what}");
         assert_eq!(core.vector.fx[32..160], host.fx[32..160], "x87 registers: {what}");
-        assert_eq!(memory, host.operand[OPERAND as usize..][..128], "memory: {what}");
+        if host.wide != 0 {
+            for (number, theirs) in host.zmm.iter().enumerate() {
+                assert_eq!(core.vector_register(number), *theirs, "ZMM{number}: {what}");
+            }
+            assert_eq!(core.vector.opmask, host.opmask, "opmasks: {what}");
+            let high = core.vector.zmm_high_used || core.vector.zmm_high == [[0; 32]; 16];
+            assert!(high, "upper halves in use: {what}");
+        }
+        assert_eq!(memory, host.operand[AROUND], "memory: {what}");
     }
 }
 
@@ -423,4 +496,75 @@ fn every_form_does_what_the_host_does() {
     ] {
         assert!(sweep.compared.contains(form), "{form}");
     }
+}
+
+#[test]
+fn every_form_of_avx512_does_what_the_host_does() {
+    if !std::arch::is_x86_feature_detected!("avx512vl") {
+        println!("skipped: the host's processor has no AVX-512");
+        return;
+    }
+    let mut sweep = Sweep::new(0x1234_5678_9abc_def2);
+    for round in 0..12 {
+        for opcode in 0..=255u8 {
+            for kind in 0..32u8 {
+                let (map, prefix, wide) = (kind & 3, kind >> 2 & 3, kind >> 4 << 7);
+                for length in 0..4u8 {
+                    let pick = sweep.random.next();
+                    let [extension, vvvv, mask, operand, last, ..] = pick.to_le_bytes();
+                    // X is B's companion for registers; VVVV is often unused, then it must be 1111.
+                    let vvvv = if pick >> 40 & 3 == 0 { 0x78 } else { vvvv & 0x78 };
+                    let memory = pick >> 42 & 3 == 0;
+                    let (modrm, extension) = if memory {
+                        (operand & 0x38 | 3, extension & 0x90 | 0x60)
+                    } else {
+                        (operand | 0xc0, extension & 0xf0)
+                    };
+                    // Zeroing needs an opmask; broadcast and rounding are rarer.
+                    let mask = match pick >> 44 & 7 {
+                        0 | 1 => mask & 8,
+                        2 | 3 => mask & 0x0f,
+                        4 => mask & 0x8f,
+                        5 => mask & 0x9f,
+                        _ => mask & 0x1f,
+                    };
+                    let vector = if vvvv == 0x78 && round % 3 != 0 { 8 } else { mask & 8 };
+                    let third = mask & 0x97 | vector | length << 5;
+                    let second = wide | vvvv | 4 | prefix;
+                    sweep.check(&[0x62, extension | map, second, third, opcode, modrm, last]);
+                }
+            }
+        }
+        // Gathers and scatters.
+        for opcode in (0x90..=0x93).chain(0xa0..=0xa3) {
+            for kind in 0..6u8 {
+                for _ in 0..4 {
+                    let pick = sweep.random.next();
+                    let [extension, third, modrm, sib, ..] = pick.to_le_bytes();
+                    let (length, wide) = (kind % 3 << 5, kind / 3 << 7);
+                    sweep.check(&[
+                        0x62,
+                        extension & 0xd0 | 0x22,
+                        wide | 0x7d,
+                        third & 0x0f | length,
+                        opcode,
+                        modrm & 0x38 | 4,
+                        sib & 0xf8 | 3,
+                    ]);
+                }
+            }
+        }
+    }
+    println!("{} forms", sweep.compared.len());
+    for form in [
+        "EVEX_Vpscatterdd_vm32z_k1_zmm",
+        "EVEX_Vgatherqpd_zmm_k1_vm64z",
+        "EVEX_Vpcompressb_zmmm512_k1z_zmm",
+        "EVEX_Vaddps_zmm_k1z_zmm_zmmm512b32_er",
+        "EVEX_Vcmpps_kr_k1_zmm_zmmm512b32_imm8_sae",
+        "EVEX_Vpermt2b_zmm_k1z_zmm_zmmm512",
+    ] {
+        assert!(sweep.compared.contains(form), "{form}");
+    }
+    assert!(sweep.compared.len() > 900, "{} forms", sweep.compared.len());
 }
