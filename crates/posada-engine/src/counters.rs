@@ -36,12 +36,16 @@ counts! {
     pub struct Translation {
         /// Blocks made.
         pub blocks: u64,
-        /// Guest instructions in them.
+        /// Blocks copied from others, for the same code at another address.
+        pub copies: u64,
+        /// Guest instructions in the blocks made.
         pub instructions: u64,
         /// Bytes of host code in them.
         pub code_bytes: u64,
         /// Time that it took to make them.
         pub nanoseconds: u64,
+        /// Time that it took to copy those.
+        pub copy_nanoseconds: u64,
         /// Direct branches in them.
         pub branches: u64,
         /// Those that were led straight to their target.

@@ -3,6 +3,7 @@
 //! Everything in a [`Core`](crate::core::Core) is reached as `gs:[offset]`.
 
 use super::operation::Memory;
+use super::relocation::{Form, Holds, Relocation};
 
 /// Scratch registers.
 pub const R10: u8 = 10;
@@ -32,12 +33,15 @@ pub struct Assembler {
     pub start: u64,
     /// The host has BMI2.
     pub bmi2: bool,
+    /// What depends on where the code is, and on where the guest's is.
+    pub relocations: Vec<Relocation>,
 }
 
 impl Assembler {
     /// Begins anew.
     pub fn begin(&mut self, start: u64) {
         self.code.clear();
+        self.relocations.clear();
         self.start = start;
     }
 
@@ -148,6 +152,12 @@ impl Assembler {
         self.code.push(0);
     }
 
+    /// `jmp gs:[offset]` through the slot of a jump cache for the linear address that was named last.
+    pub fn jump_through_slot(&mut self, offset: usize) {
+        self.jump_through(offset);
+        self.note(Holds::Slot, Form::Signed);
+    }
+
     /// `jmp gs:[offset]`.
     pub fn jump_through(&mut self, offset: usize) {
         self.absolute(&[], 0x40, &[0xff], 4, offset);
@@ -160,20 +170,44 @@ impl Assembler {
         }
     }
 
+    /// Notes what the bytes just appended end with.
+    fn note(&mut self, holds: Holds, form: Form) {
+        let size = if form == Form::Whole { 8 } else { 4 };
+        let at = (self.here() - size) as u16;
+        self.relocations.push(Relocation { at, holds, form });
+    }
+
+    /// `mov reg, address` of an operand without registers.
+    pub fn named(&mut self, reg: u8, memory: &Memory) {
+        let form = self.constant(reg, memory.displacement);
+        if memory.relative {
+            self.note(Holds::Linear, form);
+        }
+    }
+
+    /// [`Assembler::constant`] for a value that depends on where the block is.
+    pub fn place(&mut self, reg: u8, value: u64, holds: Holds) {
+        let form = self.constant(reg, value);
+        self.note(holds, form);
+    }
+
     /// `mov reg, value`, in the shortest form.
-    pub fn constant(&mut self, reg: u8, value: u64) {
+    pub fn constant(&mut self, reg: u8, value: u64) -> Form {
         if u32::try_from(value).is_ok() {
             if reg >= 8 {
                 self.code.push(0x41);
             }
             self.code.push(0xb8 | reg & 7);
             self.dword(value as u32 as i32);
+            Form::Unsigned
         } else if i32::try_from(value as i64).is_ok() {
             self.bytes(&[0x48 | reg >> 3, 0xc7, 0xc0 | reg & 7]);
             self.dword(value as i32);
+            Form::Signed
         } else {
             self.bytes(&[0x48 | reg >> 3, 0xb8 | reg & 7]);
             self.bytes(&value.to_le_bytes());
+            Form::Whole
         }
     }
 
@@ -200,6 +234,12 @@ impl Assembler {
     pub fn store_at(&mut self, offset: i32, reg: u8) {
         self.bytes(&[0x49 | (reg & 8) >> 1, 0x89]);
         self.based(reg, R10, offset);
+    }
+
+    /// [`Assembler::store_constant_at`] for a linear address.
+    pub fn store_linear_at(&mut self, offset: i32, value: i32) {
+        self.store_constant_at(offset, value);
+        self.note(Holds::Linear, Form::Signed);
     }
 
     /// `mov qword [r10 + offset], value`.
@@ -245,6 +285,7 @@ impl Assembler {
             index: None,
             scale: 0,
             displacement: displacement as u64,
+            relative: false,
             segment: None,
             narrow: false,
             size: 8,
@@ -288,6 +329,12 @@ impl Assembler {
     pub fn compare_r10(&mut self, value: i32) {
         self.bytes(&[0x49, 0x81, 0xfa]);
         self.dword(value);
+    }
+
+    /// [`Assembler::compare_r10`] with a linear address.
+    pub fn compare_linear(&mut self, value: i32) {
+        self.compare_r10(value);
+        self.note(Holds::Linear, Form::Signed);
     }
 
     /// `test r10b, value`.
@@ -358,13 +405,15 @@ impl Assembler {
         self.fill(hole, self.here());
     }
 
-    /// Lets a hole lead to an address.
+    /// Lets a hole, the last thing so far, lead to a stub.
     pub fn aim(&mut self, hole: Hole, address: u64) {
+        debug_assert_eq!(hole.0 + 4, self.here());
+        self.note(Holds::Stub, Form::Signed);
         let distance = address.wrapping_sub(self.start + hole.0 as u64 + 4);
         self.code[hole.0..hole.0 + 4].copy_from_slice(&(distance as i32).to_le_bytes());
     }
 
-    /// `jmp` to an address.
+    /// `jmp` to a stub.
     pub fn jump_to(&mut self, address: u64) {
         let hole = self.jump();
         self.aim(hole, address);

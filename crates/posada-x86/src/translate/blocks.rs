@@ -2,10 +2,11 @@
 //! with their part of the cache.
 
 use super::cache::{CodeCache, Layout, PARTS};
-use super::emit::{Check, Mark};
 use super::help::Helped;
+use super::relocation::Shape;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
+use std::sync::Arc;
 
 /// What a block is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -29,9 +30,22 @@ impl Key {
         }
     }
 
+    /// The same for all blocks of this code, wherever it is mapped.
+    pub fn anywhere(&self) -> Self {
+        Self {
+            rip: self.rip & 0xfff,
+            ..*self
+        }
+    }
+
     /// The guest physical page.
     pub fn page(&self) -> u64 {
         self.page & !0xfff
+    }
+
+    /// The mode, as [`super::frame::mode`] numbers it.
+    pub fn mode(&self) -> usize {
+        (self.page & 3) as usize
     }
 
     /// A number to tell keys apart by.
@@ -81,20 +95,15 @@ pub struct Block {
     pub key: Key,
     /// Address of its code, which compares R10 with RIP first.
     pub start: u64,
-    /// Address of the code behind that.
-    pub entry: u64,
     /// What was read of it.
     pub source: Source,
-    /// Bytes of its code.
-    pub size: u32,
+    /// What its code is like.
+    pub shape: Arc<Shape>,
     /// RIPs of its instructions and of what follows them, with the arithmetic flags that are wanted before each; in check
     /// mode only.
     pub wanted: Box<[(u64, u8)]>,
     /// Instructions that its code names.
-    _helped: Box<[Helped]>,
-    marks: Box<[Mark]>,
-    branches: Box<[Branch]>,
-    checks: Box<[Check]>,
+    pub helped: Box<[Helped]>,
     /// Branches that lead here.
     incoming: Vec<Incoming>,
 }
@@ -117,6 +126,11 @@ pub struct Number {
 impl Number {
     /// A number that need not be any block's.
     pub const NONE: Self = Self { part: 0, place: 0 };
+
+    /// The part of the cache that its code is in.
+    pub fn part(self) -> usize {
+        self.part as usize
+    }
 }
 
 /// The blocks of a part of the cache.
@@ -145,21 +159,13 @@ impl Source {
 }
 
 /// What the emitter made.
-pub struct Made<'a> {
+pub struct Made {
     /// Address of the code, which compares R10 with RIP first.
     pub start: u64,
-    /// Address of the code behind that.
-    pub entry: u64,
-    /// Bytes of the code.
-    pub size: u32,
+    /// What the code is like.
+    pub shape: Arc<Shape>,
     /// [`Block::wanted`].
     pub wanted: Box<[(u64, u8)]>,
-    /// Where instructions begin.
-    pub marks: &'a [Mark],
-    /// Direct branches.
-    pub branches: Box<[Branch]>,
-    /// Checks for several accesses.
-    pub checks: &'a [Check],
     /// Instructions that the code names.
     pub helped: Box<[Helped]>,
 }
@@ -171,19 +177,20 @@ impl Block {
         [Some(self.key.page()), next].into_iter().flatten()
     }
 
+    /// Address of the code behind the comparison of RIP.
+    pub fn entry(&self) -> u64 {
+        self.start + u64::from(self.shape.entry)
+    }
+
     /// A block that nothing leads to yet.
     pub fn new(key: Key, source: Source, made: Made) -> Self {
         Self {
             key,
             start: made.start,
-            entry: made.entry,
             source,
-            size: made.size,
+            shape: made.shape,
             wanted: made.wanted,
-            _helped: made.helped,
-            marks: made.marks.into(),
-            branches: made.branches,
-            checks: made.checks.into(),
+            helped: made.helped,
             incoming: Vec::new(),
         }
     }
@@ -194,6 +201,8 @@ pub struct Blocks {
     layout: Layout,
     parts: [Part; PARTS],
     by_key: Map<Key, Number>,
+    /// By [`Key::anywhere`], the youngest.
+    anywhere: Map<Key, Number>,
     by_page: Map<u64, Vec<Number>>,
 }
 
@@ -204,6 +213,7 @@ impl Blocks {
             layout,
             parts: Default::default(),
             by_key: Map::default(),
+            anywhere: Map::default(),
             by_page: Map::default(),
         }
     }
@@ -211,6 +221,11 @@ impl Blocks {
     /// The block for a key.
     pub fn find(&self, key: &Key) -> Option<Number> {
         self.by_key.get(key).copied()
+    }
+
+    /// A block for the same code, wherever that is mapped.
+    pub fn find_anywhere(&self, key: &Key) -> Option<Number> {
+        self.anywhere.get(&key.anywhere()).copied()
     }
 
     /// A block by its number.
@@ -232,6 +247,7 @@ impl Blocks {
             place: blocks.len() as u32,
         };
         self.by_key.insert(block.key, number);
+        self.anywhere.insert(block.key.anywhere(), number);
         for page in block.pages() {
             self.by_page.entry(page).or_default().push(number);
         }
@@ -249,25 +265,33 @@ impl Blocks {
     /// RIP of the instruction whose code is at `address`, and whether the Core holds the flags there.
     pub fn instruction(&self, address: u64) -> (u64, bool) {
         let block = self.at(address);
-        let offset = (address - block.start) as u32;
-        let number = block.marks.partition_point(|mark| mark.code <= offset);
-        let mark = block.marks[number.saturating_sub(1)];
+        let offset = address - block.start;
+        let marks = &block.shape.marks;
+        let number = marks.partition_point(|mark| u64::from(mark.code) <= offset);
+        let mark = marks[number.saturating_sub(1)];
         (block.key.rip.wrapping_add(mark.guest.into()), mark.saved)
     }
 
     /// The branch whose exit is at `exit`.
     pub fn branch(&self, exit: u64) -> Branch {
-        let branch = self.at(exit).branches.iter().find(|branch| branch.exit == exit);
-        *branch.expect("exits are those of branches")
+        let block = self.at(exit);
+        let mut links = block.shape.links.iter();
+        let link = links.find(|link| block.start + u64::from(link.exit) == exit);
+        let link = link.expect("exits are those of branches");
+        Branch {
+            exit,
+            site: block.start + u64::from(link.site),
+            plain: link.plain,
+        }
     }
 
-    /// If the check at `address` is one for several accesses, lets it lead to a block without groups when it fails.
-    pub fn give_up(&self, address: u64, cache: &mut CodeCache) -> bool {
-        let block = self.at(address);
-        let start = (address - block.start) as u32;
-        let check = block.checks.iter().find(|check| check.start == start);
+    /// If the check at `start` is one for several accesses, lets it lead to a block without groups when it fails.
+    pub fn give_up(&self, start: u64, cache: &mut CodeCache) -> bool {
+        let block = self.at(start);
+        let address = |offset: u16| block.start + u64::from(offset);
+        let mut checks = block.shape.checks.iter();
+        let check = checks.find(|check| address(check.start) == start);
         if let Some(check) = check {
-            let address = |offset: u32| block.start + u64::from(offset);
             cache.patch(address(check.site), address(check.plain));
         }
         check.is_some()
@@ -278,7 +302,7 @@ impl Blocks {
         let part = self.layout.part(branch.site);
         let emptied = self.parts[part].emptied;
         let target = self.get_mut(target);
-        cache.patch(branch.site, target.entry);
+        cache.patch(branch.site, target.entry());
         target.incoming.push(Incoming { branch, part, emptied });
     }
 
@@ -291,8 +315,10 @@ impl Blocks {
                 cache.patch(branch.site, branch.exit);
             }
         }
-        if self.by_key.get(&key) == Some(&number) {
-            self.by_key.remove(&key);
+        for (map, key) in [(&mut self.by_key, key), (&mut self.anywhere, key.anywhere())] {
+            if map.get(&key) == Some(&number) {
+                map.remove(&key);
+            }
         }
     }
 

@@ -117,6 +117,14 @@ impl CodeCache {
         self.used += code.len().next_multiple_of(16).min(self.layout.size - self.used);
     }
 
+    /// `size` bytes of code at `address`.
+    pub fn code(&self, address: u64, size: usize) -> &[u8] {
+        let range = self.range();
+        assert!(range.contains(&address) && range.end - address >= size as u64);
+        // SAFETY: the bytes are inside the mapping, which lives as long as `self`; only `self` writes to it.
+        unsafe { std::slice::from_raw_parts(address as *const u8, size) }
+    }
+
     /// Overwrites code at `address`.
     #[cfg(test)]
     pub fn overwrite(&mut self, address: u64, code: &[u8]) {

@@ -14,6 +14,7 @@ use super::groups::{self, Group, Groups, Member};
 use super::help::Helped;
 use super::operation::{Kind, Memory, Operation, SCRATCH, System};
 use super::region::{End, Region};
+use super::relocation::{Holds, Shape};
 use super::stubs::{Leave, Stubs, Wanted};
 use crate::shared::mailbox;
 
@@ -26,7 +27,7 @@ const RBP: u8 = 5;
 #[derive(Clone, Copy, Debug)]
 pub struct Mark {
     /// Offset in the code.
-    pub code: u32,
+    pub code: u16,
     /// Offset from the block's RIP.
     pub guest: u16,
     /// The Core has the flags.
@@ -37,9 +38,9 @@ pub struct Mark {
 #[derive(Clone, Copy, Debug)]
 pub struct Link {
     /// Offset of its exit, where it leads now.
-    pub exit: u32,
+    pub exit: u16,
     /// Offset of its rel32.
-    pub site: u32,
+    pub site: u16,
     /// It leads to a block without groups.
     pub plain: bool,
 }
@@ -48,11 +49,11 @@ pub struct Link {
 #[derive(Clone, Copy, Debug)]
 pub struct Check {
     /// Offset of the check.
-    pub start: u32,
+    pub start: u16,
     /// Offset of the rel32 of a jump that it leads to when it fails.
-    pub site: u32,
+    pub site: u16,
     /// Offset of where that jump must lead when the check cannot succeed: to a block without groups.
-    pub plain: u32,
+    pub plain: u16,
 }
 
 /// Code that runs seldom, put behind the block.
@@ -210,6 +211,19 @@ impl Emitter {
             self.exit(hole, rip, live);
         }
         self.finish();
+        debug_assert!(self.assembler.here() < 1 << 16, "offsets have 16 bits");
+    }
+
+    /// What the code just made is like.
+    pub fn shape(&self) -> Shape {
+        Shape {
+            size: self.assembler.here() as u32,
+            entry: self.entry as u32,
+            marks: self.marks.as_slice().into(),
+            links: self.links.as_slice().into(),
+            checks: self.checks.as_slice().into(),
+            relocations: self.assembler.relocations.as_slice().into(),
+        }
     }
 
     /// Where to look at events: a place where flags are dead, in blocks that may be part of a loop.
@@ -227,7 +241,7 @@ impl Emitter {
 
     fn mark(&mut self) {
         self.marks.push(Mark {
-            code: self.assembler.here() as u32,
+            code: self.assembler.here() as u16,
             guest: self.rip.wrapping_sub(self.start) as u16,
             saved: self.saved,
         });
@@ -239,7 +253,7 @@ impl Emitter {
         let unknown = self.stubs.mistaken;
         if live {
             a.copy(R11, RCX);
-            a.constant(RCX, self.start.wrapping_neg());
+            a.place(RCX, self.start.wrapping_neg(), Holds::Negated);
             // lea rcx, [rcx + r10]; jrcxz over the next two
             a.bytes(&[0x4a, 0x8d, 0x0c, 0x11, 0xe3, 8]);
             a.copy(RCX, R11);
@@ -248,9 +262,9 @@ impl Emitter {
             return;
         }
         match i32::try_from(self.start as i64) {
-            Ok(start) => a.compare_r10(start),
+            Ok(start) => a.compare_linear(start),
             Err(_) => {
-                a.constant(R11, self.start);
+                a.place(R11, self.start, Holds::Linear);
                 a.compare_scratch();
             }
         }
@@ -343,7 +357,7 @@ impl Emitter {
 
     /// Leaves for `rip`, here.
     fn leave(&mut self, rip: u64, reason: Leave) {
-        self.assembler.constant(R10, rip);
+        self.assembler.place(R10, rip, Holds::Linear);
         self.assembler.jump_to(self.stubs.leave[reason as usize]);
     }
 
@@ -352,7 +366,7 @@ impl Emitter {
         self.held = None;
         let a = &mut self.assembler;
         if memory.base.is_none() && memory.index.is_none() {
-            a.constant(R10, memory.displacement);
+            a.named(R10, memory);
         } else {
             let used = [memory.base, memory.index];
             for register in SCRATCH {
@@ -581,7 +595,7 @@ impl Emitter {
         self.save(before);
         let a = &mut self.assembler;
         let back = a.address_r11();
-        a.constant(R10, self.helped);
+        a.place(R10, self.helped, Holds::Helped);
         a.jump_to(self.stubs.help);
         a.land(back);
         self.helped += size_of::<Helped>() as u64;
@@ -637,6 +651,10 @@ impl Emitter {
     }
 
     fn compute(&mut self, register: u8, size: u8, memory: &Memory) {
+        if memory.relative && size == 8 && !SCRATCH.contains(&register) {
+            self.assembler.named(register, memory);
+            return;
+        }
         self.address(memory);
         if size == 4 {
             // mov r10d, r10d
@@ -657,8 +675,8 @@ impl Emitter {
         let own = a.address_r11();
         a.fill(own, exit);
         self.links.push(Link {
-            exit: exit as u32,
-            site: hole.0 as u32,
+            exit: exit as u16,
+            site: hole.0 as u16,
             plain,
         });
         self.leave(target, Leave::Chain);
@@ -697,9 +715,9 @@ impl Emitter {
                     a.fill(back, retry);
                     a.jump_to(self.stubs.miss[wanted as usize]);
                     self.checks.push(Check {
-                        start: retry as u32,
-                        site: site.0 as u32,
-                        plain: a.here() as u32,
+                        start: retry as u16,
+                        site: site.0 as u16,
+                        plain: a.here() as u16,
                     });
                     if saved {
                         self.load_flags();

@@ -45,6 +45,7 @@ struct Key {
     index: Option<(u8, u32, i64)>,
     scale: u8,
     segment: Option<(u8, u32)>,
+    relative: bool,
 }
 
 struct Open {
@@ -97,6 +98,7 @@ pub fn stack_memory(kind: Kind) -> Option<Memory> {
         index: None,
         scale: 0,
         displacement: displacement as u64,
+        relative: false,
         segment: None,
         narrow: false,
         size: 8,
@@ -155,6 +157,7 @@ impl Groups {
             index: index.map(|index| (index, version(index).1, added(index))),
             scale: if index.is_some() { access.memory.scale } else { 0 },
             segment: access.memory.segment.map(|segment| (segment, self.versions[16])),
+            relative: access.memory.relative,
         };
         let start = (access.memory.displacement as i64).wrapping_add(base.map_or(0, added));
         let end = start.wrapping_add(access.memory.size.into());

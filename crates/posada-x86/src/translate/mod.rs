@@ -4,7 +4,7 @@
 //! - [`operation`] says what one instruction is ([`table`]: by its form), [`region`] what a block consists of and which flags
 //!   are wanted where, [`emit`] makes its code with the [`assembler`].
 //! - [`frame`] is what that code finds at `gs:`; [`stubs`] are the ways in and out; [`cache`] is its memory.
-//! - [`blocks`] finds, links and forgets blocks; [`run`] runs them.
+//! - [`blocks`] finds, links and forgets blocks, [`relocation`] copies them; [`run`] runs them.
 //! - [`check`] compares each block with the interpreter, and stops with a [`report`] at the first difference.
 //! - [`trap`] handles what the host's processor raises; [`perf_map`] tells perf what runs.
 //!
@@ -22,6 +22,7 @@ mod help;
 mod operation;
 mod perf_map;
 mod region;
+mod relocation;
 mod report;
 mod run;
 mod stubs;

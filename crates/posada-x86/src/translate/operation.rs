@@ -33,6 +33,8 @@ pub struct Memory {
     pub scale: u8,
     /// Displacement; the whole address of a RIP-relative operand.
     pub displacement: u64,
+    /// The operand is RIP-relative.
+    pub relative: bool,
     /// FS or GS, by number.
     pub segment: Option<u8>,
     /// Addresses have 32 bits.
@@ -483,6 +485,7 @@ impl Reader {
             index: register(index),
             scale: i.memory_index_scale().trailing_zeros() as u8,
             displacement: i.memory_displacement64(),
+            relative: base == Register::RIP,
             segment,
             narrow,
             size: size as u8,

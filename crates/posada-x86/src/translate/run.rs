@@ -1,6 +1,6 @@
 //! Running translated blocks, and finding, making and forgetting them on the way.
 
-use super::blocks::{Block, Blocks, Branch, Key, Made, Number, Source};
+use super::blocks::{Block, Blocks, Key, Made, Number, Source};
 use super::cache::CodeCache;
 use super::check::Left;
 use super::emit::{Emitter, NextPage, Place};
@@ -8,6 +8,7 @@ use super::frame::{self, JUMPS, MODES};
 use super::operation::{MAX_LENGTH, Reader, limits};
 use super::perf_map::PerfMap;
 use super::region::{Next, Page, Region};
+use super::relocation::Distances;
 use super::stubs::{self, Enter, Leave, Stubs, Wanted};
 use super::trap;
 use crate::core::Core;
@@ -151,8 +152,7 @@ impl Translator {
     #[cfg(test)]
     pub(super) fn corrupt(&mut self, from: &[u8], to: &[u8]) {
         let (start, end) = (self.cache.layout().start(), self.cache.next());
-        // SAFETY: made code, which lives as long as the cache.
-        let code = unsafe { std::slice::from_raw_parts(start as *const u8, (end - start) as usize) };
+        let code = self.cache.code(start, (end - start) as usize);
         let at: Vec<usize> = (0..code.len()).filter(|&at| code[at..].starts_with(from)).collect();
         assert_eq!(at.len(), 1, "{from:x?}");
         self.cache.overwrite(start + at[0] as u64, to);
@@ -188,8 +188,7 @@ impl Translator {
     /// A block's code.
     pub(super) fn code_of(&self, number: Number) -> &[u8] {
         let block = self.blocks.get(number);
-        // SAFETY: the block's code is in the cache, which lives as long as `self`.
-        unsafe { std::slice::from_raw_parts(block.start as *const u8, block.size as usize) }
+        self.cache.code(block.start, block.shape.size as usize)
     }
 
     /// After [`Leave::Refused`]: RIP is that of the instruction. True if its block will not check for several accesses again.
@@ -279,7 +278,7 @@ impl Translator {
     fn enter(&self, core: &mut Core, block: Number) -> Leave {
         // SAFETY: the stub has this signature.
         let enter: Enter = unsafe { std::mem::transmute(self.stubs.enter) };
-        let target = self.blocks.get(block).entry;
+        let target = self.blocks.get(block).entry();
         // SAFETY: GS points at the Core (`activate`), the block's code was made for its mode and what it reads (`find`), and
         // it touches nothing but the Core's state and guest RAM behind checks.
         Leave::from_number(unsafe { enter(core, target, 0) })
@@ -330,6 +329,20 @@ impl Translator {
         }
     }
 
+    /// Forgets the ways to blocks of a part of the cache.
+    fn forget_jumps_to(&mut self, core: &mut Core, part: usize) {
+        let unknown = self.unknown();
+        let jumps = &self.jumps;
+        self.filled.retain(|number| {
+            let (mode, slot) = (number / JUMPS, number % JUMPS);
+            let stays = jumps[mode][slot].block.part() != part;
+            if !stays {
+                core.frame.jumps[mode][slot] = unknown;
+            }
+            stays
+        });
+    }
+
     fn fill_jump(&mut self, core: &mut Core, mode: usize, number: Number) {
         let block = self.blocks.get(number);
         let slot = frame::slot(block.key.rip, self.jump_mask);
@@ -374,6 +387,9 @@ impl Translator {
         {
             return Some(number);
         }
+        if let Some(number) = self.copy(core, key) {
+            return Some(number);
+        }
         let counter = &mut self.counters[key.mixed() as usize >> 50];
         *counter = counter.saturating_add(1);
         if *counter < self.threshold && !plain {
@@ -389,15 +405,77 @@ impl Translator {
         self.translate(core, key, place, host)
     }
 
-    #[cold]
-    fn translate(&mut self, core: &mut Core, key: Key, mut place: Place, host: *const u8) -> Option<Number> {
-        let begin = Instant::now();
+    fn make_room(&mut self, core: &mut Core) {
         if self.cache.is_full() {
-            self.forget_jumps(core, false);
             let part = self.cache.next_part();
+            self.forget_jumps_to(core, part);
             self.blocks.empty(part, &mut self.cache);
             self.counts.evictions += 1;
         }
+    }
+
+    fn add(&mut self, block: Block) -> Number {
+        let code = &self.emitter.assembler.code;
+        if let Some(map) = &self.perf_map {
+            let user = frame::is_user(block.key.mode());
+            map.name(block.start, code.len(), block.key.rip, user);
+        }
+        self.counts.branches += block.shape.links.len() as u64;
+        self.cache.append(code);
+        self.blocks.add(block)
+    }
+
+    /// Makes a block from one for the same code at another address, if there is one.
+    #[cold]
+    fn copy(&mut self, core: &mut Core, key: Key) -> Option<Number> {
+        self.blocks.find_anywhere(&key)?;
+        let begin = Instant::now();
+        self.make_room(core);
+        // It may have gone just now.
+        let original = self.blocks.get(self.blocks.find_anywhere(&key)?);
+        let code = core.ram.code();
+        let holds = original.source.holds(key.page(), |page| code.page(page).version());
+        if !holds || original.source.next.is_some() {
+            return None;
+        }
+        let linear = key.rip.wrapping_sub(original.key.rip);
+        let mut helped = original.helped.clone();
+        for one in &mut helped {
+            one.next = one.next.wrapping_add(linear);
+        }
+        let mut wanted = original.wanted.clone();
+        for (rip, _) in &mut wanted {
+            *rip = rip.wrapping_add(linear);
+        }
+        let start = self.cache.next();
+        let distances = Distances {
+            code: start.wrapping_sub(original.start),
+            linear,
+            helped: (helped.as_ptr() as u64).wrapping_sub(original.helped.as_ptr() as u64),
+        };
+        let code = &mut self.emitter.assembler.code;
+        code.clear();
+        code.extend_from_slice(self.cache.code(original.start, original.shape.size as usize));
+        if !original.shape.mend(code, distances, self.jump_mask) {
+            return None;
+        }
+        let made = Made {
+            start,
+            shape: Arc::clone(&original.shape),
+            wanted,
+            helped,
+        };
+        let block = Block::new(key, original.source, made);
+        let number = self.add(block);
+        self.counts.copies += 1;
+        self.counts.copy_nanoseconds += begin.elapsed().as_nanos() as u64;
+        Some(number)
+    }
+
+    #[cold]
+    fn translate(&mut self, core: &mut Core, key: Key, mut place: Place, host: *const u8) -> Option<Number> {
+        let begin = Instant::now();
+        self.make_room(core);
         let ram = std::sync::Arc::clone(&core.ram);
         let record = ram.code().page(key.page());
         let offset = place.rip % PAGE;
@@ -445,40 +523,22 @@ impl Translator {
             let start = self.cache.next();
             let helped = Box::from(self.region.helped.as_slice());
             self.emitter.emit(&self.region, place, start, &helped);
-            let emitter = &self.emitter;
-            let branches = emitter
-                .links
-                .iter()
-                .map(|link| Branch {
-                    exit: start + u64::from(link.exit),
-                    site: start + u64::from(link.site),
-                    plain: link.plain,
-                })
-                .collect();
             let made = Made {
                 start,
-                entry: start + emitter.entry as u64,
-                size: emitter.assembler.code.len() as u32,
+                shape: Arc::new(self.emitter.shape()),
                 wanted: if self.checked {
                     self.region.wanted()
                 } else {
                     Box::default()
                 },
-                marks: &emitter.marks,
-                branches,
-                checks: &emitter.checks,
                 helped,
             };
+            let emitter = &self.emitter;
             self.counts.blocks += 1;
             self.counts.instructions += self.region.operations.len() as u64;
             self.counts.code_bytes += emitter.assembler.code.len() as u64;
-            self.counts.branches += emitter.links.len() as u64;
-            if let Some(map) = &self.perf_map {
-                map.name(start, emitter.assembler.code.len(), key.rip, frame::is_user(place.mode));
-            }
             let block = Block::new(key, source, made);
-            self.cache.append(&emitter.assembler.code);
-            let number = self.blocks.add(block);
+            let number = self.add(block);
             self.counts.nanoseconds += begin.elapsed().as_nanos() as u64;
             return Some(number);
         }

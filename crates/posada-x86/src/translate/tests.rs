@@ -18,7 +18,7 @@ use vm_memory::{Bytes, GuestAddress};
 const DATA: u64 = 0x1000;
 const END: u64 = 0x3000;
 /// Pages of RAM behind code and data.
-const RAM: u64 = 0x8000;
+pub(super) const RAM: u64 = 0x8000;
 const HLT: u8 = 0xf4;
 
 struct Random(Operands);
@@ -37,7 +37,7 @@ impl Random {
     }
 }
 
-fn machine() -> Box<Core> {
+pub(super) fn machine() -> Box<Core> {
     let mut core = core();
     let entries = [(2, 0xa007_u64), (4, 0xb005)];
     for (page, entry) in entries {
@@ -255,7 +255,7 @@ fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
 }
 
 /// A machine whose translated code is compared with the interpreter, block by block.
-fn checked_machine() -> Box<Core> {
+pub(super) fn checked_machine() -> Box<Core> {
     let mut core = machine();
     core.translator = Some(Box::new(Translator::new(0).unwrap().at_once().checked()));
     core.checker = Some(Box::new(Checker::new(&core)));
@@ -264,7 +264,7 @@ fn checked_machine() -> Box<Core> {
 }
 
 /// Runs a machine in check mode to its end.
-fn finish_checked(core: &mut Core) {
+pub(super) fn finish_checked(core: &mut Core) {
     for _ in 0..20_000 {
         core.activate_translator();
         if core.halted || core.shut_down {
@@ -277,7 +277,7 @@ fn finish_checked(core: &mut Core) {
     panic!("no end: rip {:x}", core.rip());
 }
 
-fn finish(core: &mut Core) {
+pub(super) fn finish(core: &mut Core) {
     for _ in 0..20_000 {
         core.activate_translator();
         while !core.halted && !core.shut_down && core.run_translated() == Ran::Some {}

@@ -2,6 +2,7 @@
 
 use super::{Cold, Emitter, Hole, Leave, R10, R11, RSP, System, condition, frame};
 use crate::translate::operation::{Kind, Memory, Operation};
+use crate::translate::relocation::Holds;
 
 impl Emitter {
     /// Before a jump through a jump cache: puts the flags into the Core too, as a slot may lead to code that destroys them
@@ -15,8 +16,8 @@ impl Emitter {
     /// To known code that may be mapped anew, through its slot of a jump cache.
     pub(super) fn jump_far(&mut self, target: u64, jumps: usize) {
         let slot = frame::slot(target, self.jump_mask);
-        self.assembler.constant(R10, target);
-        self.assembler.jump_through(jumps + slot * 8);
+        self.assembler.place(R10, target, Holds::Linear);
+        self.assembler.jump_through_slot(jumps + slot * 8);
     }
 
     pub(super) fn control(&mut self, operation: &Operation, live: bool) {
@@ -100,9 +101,9 @@ impl Emitter {
     /// Stores a return address at `[R10 + offset]` and moves RSP.
     pub(super) fn push_next(&mut self, offset: i32, next: u64) {
         match i32::try_from(next as i64) {
-            Ok(next) => self.assembler.store_constant_at(offset, next),
+            Ok(next) => self.assembler.store_linear_at(offset, next),
             Err(_) => {
-                self.assembler.constant(R11, next);
+                self.assembler.place(R11, next, Holds::Linear);
                 self.assembler.store_at(offset, R11);
             }
         }
