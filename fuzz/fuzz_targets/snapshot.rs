@@ -85,6 +85,7 @@ fn config(kernel: PathBuf, control: Option<PathBuf>) -> Config {
         memory: MEMORY,
         console: ConsoleConfig::None,
         virtio_console: true,
+        vsock: None,
         gdb: None,
         debug_exit: true,
         no_reboot: true,

@@ -1,5 +1,6 @@
 //! What a device's thread sleeps on: an eventfd, so that KVM can ring it for a guest without anybody of ours running.
 
+use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -37,6 +38,19 @@ impl Event {
             let one = 1_u64;
             // SAFETY: writes 8 bytes from `one`. It can only fail when the counter is full, and then the waiter is awake.
             unsafe { libc::write(self.fd.as_raw_fd(), (&raw const one).cast(), 8) };
+        }
+    }
+
+    /// The same, or until `other` can be read.
+    pub fn wait_or(&self, other: Option<BorrowedFd<'_>>) {
+        let Some(other) = other else {
+            return self.wait();
+        };
+        let readable = |fd| PollFd::from_borrowed_fd(fd, PollFlags::IN);
+        let mut fds = [readable(self.as_fd()), readable(other)];
+        // A signal may end it early: the waiter then looks once for nothing.
+        if poll(&mut fds, None).is_ok() && !fds[0].revents().is_empty() {
+            self.wait();
         }
     }
 
@@ -81,6 +95,18 @@ mod tests {
             event.ring();
         }
         assert_eq!(waiter.join().unwrap(), 20_000);
+    }
+
+    #[test]
+    fn another_descriptor_ends_the_wait_and_leaves_the_event_as_it_is() {
+        let event = Event::new().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        event.ring();
+        event.wait_or(Some(reader.as_fd()));
+        drop(writer);
+        event.wait_or(Some(reader.as_fd()));
+        event.ring();
+        event.wait();
     }
 
     #[test]

@@ -19,12 +19,15 @@ use posada_devices::serial::{Flush, Serial};
 use posada_devices::virtio::blk::{Blk, BlkDisk};
 use posada_devices::virtio::console::Console;
 use posada_devices::virtio::rng::Rng;
+use posada_devices::virtio::vsock::Vsock;
 use posada_devices::virtio::{VirtioDevice, VirtioPci};
 use posada_devices::{acpi, debug_exit, ioapic, pci, power, rtc, serial};
 use posada_engine::{Doorbell, Engine};
 use posada_memory::GuestRam;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -57,8 +60,20 @@ pub struct Parts<'a> {
     pub com1: (Box<dyn Write + Send>, Flush),
     /// Where the virtio console prints, if there is to be one.
     pub virtio_console: Option<Box<dyn Write + Send>>,
+    /// Sockets between host and guest, if there are to be any.
+    pub vsock: Option<VsockPart<'a>>,
     /// Have the debug-exit port.
     pub debug_exit: bool,
+}
+
+/// A vsock and its place on the host.
+pub struct VsockPart<'a> {
+    /// The guest's context id.
+    pub cid: u32,
+    /// Where programs of the host come to it.
+    pub listener: UnixListener,
+    /// The listener's path.
+    pub path: &'a Path,
 }
 
 /// The devices of one life.
@@ -71,6 +86,7 @@ pub struct Machine {
     disks: Vec<Disk>,
     rng: Arc<VirtioPci>,
     virtio_console: Option<Arc<VirtioPci>>,
+    vsock: Option<Arc<VirtioPci>>,
     /// COM1.
     pub com1: Arc<Serial>,
     /// The virtio console.
@@ -162,6 +178,13 @@ impl Machine {
             Some(console) => Some(add(console.clone())?),
             None => None,
         };
+        let vsock = match parts.vsock {
+            Some(part) => {
+                let made = Vsock::new(part.cid.into(), part.listener, part.path);
+                Some(add(made.map_err(|source| Error::Host { what: "vsock", source })?)?)
+            }
+            None => None,
+        };
 
         Ok(Self {
             ports,
@@ -172,6 +195,7 @@ impl Machine {
             disks,
             rng,
             virtio_console,
+            vsock,
             com1,
             console,
         })

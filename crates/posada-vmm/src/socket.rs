@@ -40,6 +40,11 @@ impl SocketFile {
         })
     }
 
+    /// The same listener for somebody else, who must be gone before this.
+    pub(crate) fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
     /// The next connection.
     pub(crate) fn accept(&self) -> io::Result<UnixStream> {
         Ok(self.listener.accept()?.0)

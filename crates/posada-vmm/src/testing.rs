@@ -76,6 +76,7 @@ pub fn config(dir: &TempDir) -> Config {
         memory: 4 << 20,
         console: ConsoleConfig::None,
         virtio_console: false,
+        vsock: None,
         gdb: None,
         debug_exit: true,
         no_reboot: false,

@@ -3,9 +3,10 @@
 use crate::boot::{self, Source};
 use crate::console::{self, Console, ConsoleConfig, Sink};
 use crate::control::{Control, Ending, Life};
-use crate::machine::{self, Machine, Parts};
+use crate::machine::{self, Machine, Parts, VsockPart};
 use crate::remote::{self, Server};
 use crate::snapshot::{self, Restore, Subject};
+use crate::socket::SocketFile;
 use crate::{gdb, resident};
 use posada_devices::virtio::blk::{BlkDisk, DiskError, open_disk};
 use posada_engine::cpu::CpuModel;
@@ -31,6 +32,15 @@ pub struct DiskConfig {
     pub read_only: bool,
 }
 
+/// Sockets between host and guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VsockConfig {
+    /// The Unix socket at which programs of the host reach the guest.
+    pub path: PathBuf,
+    /// The guest's context id; restored guests learn it anew.
+    pub cid: u32,
+}
+
 /// What VM to run.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -50,6 +60,8 @@ pub struct Config {
     pub console: ConsoleConfig,
     /// Have a virtio console too, which then takes the input.
     pub virtio_console: bool,
+    /// Have sockets between host and guest.
+    pub vsock: Option<VsockConfig>,
     /// Where gdb can attach.
     pub gdb: Option<gdb::Address>,
     /// Have the debug-exit port.
@@ -110,6 +122,14 @@ pub enum Error {
     /// The control socket.
     #[error(transparent)]
     Control(#[from] remote::Error),
+    /// The vsock's socket.
+    #[error("cannot have a vsock at {}: {}; give another --vsock", path.display(), remote::bind_reason(source))]
+    Vsock {
+        /// Where.
+        path: PathBuf,
+        /// The host's reason.
+        source: io::Error,
+    },
     /// The snapshot.
     #[error(transparent)]
     Snapshot(#[from] snapshot::Error),
@@ -152,6 +172,7 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
     });
     let gdb = config.gdb.as_ref().map(gdb::Listener::bind).transpose()?;
     let remote = config.control.as_deref().map(remote::Listener::bind).transpose()?;
+    let vsock = config.vsock.as_ref().map(Vsock::bind).transpose()?;
     let console = Console::open(&config.console, control)?;
     let _gdb = gdb.map(|listener| listener.serve(control.clone())).transpose()?;
     let _remote = remote
@@ -172,7 +193,7 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
             Some(first) => first,
             None => boot(&subject)?,
         };
-        let life = Life::new(&subject, &console, ram, start, make_engine, control)?;
+        let life = Life::new(&subject, &console, vsock.as_ref(), ram, start, make_engine, control)?;
         report.ending = live(&life, control)?;
         console.connect(None);
         report.counters += life.counters();
@@ -182,6 +203,32 @@ pub fn run(config: &Config, make_engine: MakeEngine<'_>, control: &Arc<Control>)
         }
         report.reboots += 1;
         tracing::info!(reboots = report.reboots, "the guest reset itself");
+    }
+}
+
+/// A vsock's socket, which stays through all lives.
+struct Vsock<'a> {
+    config: &'a VsockConfig,
+    socket: SocketFile,
+}
+
+impl<'a> Vsock<'a> {
+    fn bind(config: &'a VsockConfig) -> Result<Self, Error> {
+        let socket = SocketFile::bind(&config.path).map_err(|source| Error::Vsock {
+            path: config.path.clone(),
+            source,
+        })?;
+        Ok(Self { config, socket })
+    }
+
+    fn part(&self) -> Result<VsockPart<'a>, machine::Error> {
+        let what = "vsock";
+        let listener = self.socket.listener();
+        Ok(VsockPart {
+            cid: self.config.cid,
+            listener: listener.map_err(|source| machine::Error::Host { what, source })?,
+            path: &self.config.path,
+        })
     }
 }
 
@@ -205,6 +252,7 @@ impl Life {
     fn new(
         subject: &Subject,
         console: &Console,
+        vsock: Option<&Vsock<'_>>,
         ram: Arc<GuestRam>,
         start: Start<'_>,
         make_engine: MakeEngine<'_>,
@@ -218,6 +266,7 @@ impl Life {
             disks: &subject.disks,
             com1: console.writer().map_err(console::Error::Stdio)?,
             virtio_console: virtio_console.map_err(console::Error::Stdio)?.map(|(writer, _)| writer),
+            vsock: vsock.map(Vsock::part).transpose()?,
             debug_exit: config.debug_exit,
         };
         let machine = Arc::new(Machine::new(parts, &ram, &engine, control)?);

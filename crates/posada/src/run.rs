@@ -3,7 +3,9 @@
 use crate::accel::{self, Accelerator, Chosen, Kind};
 use crate::{signals, size, summary};
 use anyhow::{Context, anyhow};
+use clap::builder::{OsStringValueParser, TypedValueParser};
 use clap::{Args, ValueEnum};
+use posada_devices::virtio::vsock::is_guest_cid;
 use posada_engine::cpu::{Baseline, CpuModel};
 use posada_engine::{Engine, Error};
 use posada_memory::GuestRam;
@@ -11,7 +13,7 @@ use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
 use posada_vmm::gdb::Address;
 use posada_vmm::snapshot::Snapshot;
-use posada_vmm::vm::{self, Config, DiskConfig, Report};
+use posada_vmm::vm::{self, Config, DiskConfig, Report, VsockConfig};
 use posada_x86::Translating;
 use posada_x86::translate::PerfMap;
 use std::cell::Cell;
@@ -89,6 +91,11 @@ pub struct Arguments {
     /// Have a virtio console (hvc0) too; it prints to the same place and takes the input instead of COM1
     #[arg(long)]
     virtio_console: bool,
+
+    /// Have sockets between host and guest: programs reach the guest's ports by the Unix socket PATH, and the guest reaches
+    /// port P of the host at PATH_P. The guest's context id is 3, unless N says otherwise
+    #[arg(long, value_name = "PATH[,cid=N]", value_parser = OsStringValueParser::new().try_map(|text| vsock(&text)))]
+    vsock: Option<Vsock>,
 
     /// Have a socket here by which posada status, pause, resume and snapshot reach the VM
     #[arg(long, value_name = "PATH")]
@@ -190,6 +197,38 @@ fn disk(text: &OsStr) -> DiskConfig {
     }
 }
 
+/// The socket of `--vsock`, and the context id if it is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Vsock {
+    path: PathBuf,
+    cid: Option<u32>,
+}
+
+/// Context id of a guest whose user does not say.
+const CID: u32 = 3;
+
+fn vsock(text: &OsStr) -> Result<Vsock, String> {
+    let bytes = text.as_bytes();
+    let (path, cid) = match bytes.windows(5).rposition(|word| word == b",cid=") {
+        Some(at) => (&bytes[..at], Some(&bytes[at + 5..])),
+        None => (bytes, None),
+    };
+    if path.is_empty() {
+        return Err("give a path, as in --vsock vm.vsock".into());
+    }
+    let cid = cid.map(|digits| {
+        let number = str::from_utf8(digits).ok().and_then(|digits| digits.parse().ok());
+        number
+            .filter(|cid| is_guest_cid(*cid))
+            .and_then(|cid| cid.try_into().ok())
+            .ok_or("a guest's context id is 3 to 4294967294")
+    });
+    Ok(Vsock {
+        path: OsStr::from_bytes(path).into(),
+        cid: cid.transpose()?,
+    })
+}
+
 /// Memory of a VM whose user does not say.
 const MEMORY: u64 = 1 << 30;
 
@@ -216,6 +255,7 @@ fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen
             chosen.model(arguments.cpus.unwrap_or(1), level.baseline())?
         }
     };
+    let saved_cid = snapshot.as_ref().and_then(Snapshot::vsock);
     let disks = arguments.disks.iter().map(|text| disk(text)).collect();
     let mut config = Config {
         kernel: arguments.kernel.clone().unwrap_or_default(),
@@ -226,6 +266,10 @@ fn prepare(arguments: &Arguments, choose: impl FnOnce() -> anyhow::Result<Chosen
         memory: arguments.memory.unwrap_or(MEMORY),
         console: arguments.console.0.clone(),
         virtio_console: arguments.virtio_console,
+        vsock: arguments.vsock.clone().map(|vsock| VsockConfig {
+            path: vsock.path,
+            cid: vsock.cid.or(saved_cid).unwrap_or(CID),
+        }),
         gdb: arguments.gdb.clone(),
         debug_exit: arguments.debug_exit,
         no_reboot: arguments.no_reboot,
@@ -256,6 +300,10 @@ fn agree(arguments: &Arguments, snapshot: &Snapshot) -> anyhow::Result<()> {
         _ if arguments.virtio_console && !snapshot.virtio_console() => {
             refuse("its VM has no virtio console; leave out --virtio-console".into())
         }
+        _ if arguments.vsock.is_some() != snapshot.vsock().is_some() => refuse(match &arguments.vsock {
+            Some(_) => "its VM has no vsock; leave out --vsock".into(),
+            None => "its VM has a vsock; give --vsock PATH".into(),
+        }),
         _ if arguments.debug_exit && !snapshot.debug_exit() => {
             refuse("its VM has no debug-exit port; leave out --debug-exit".into())
         }
@@ -505,6 +553,33 @@ mod tests {
         assert_eq!((config.path, config.read_only), ("a,b.img".into(), true));
         let config = disk(OsStr::new("a,rw"));
         assert_eq!((config.path, config.read_only), ("a,rw".into(), false));
+    }
+
+    #[test]
+    fn a_vsock_has_a_path_and_may_have_a_context_id() {
+        let made = |path: &str, cid| {
+            let path = path.into();
+            Ok(Vsock { path, cid })
+        };
+        for (text, expected) in [
+            ("v", made("v", None)),
+            ("a,b", made("a,b", None)),
+            ("v,cid=3", made("v", Some(3))),
+            ("v,cid=1,cid=4294967294", made("v,cid=1", Some(u32::MAX - 1))),
+        ] {
+            assert_eq!(vsock(OsStr::new(text)), expected);
+        }
+        for text in [
+            "",
+            ",cid=3",
+            "v,cid=",
+            "v,cid=2",
+            "v,cid=4294967295",
+            "v,cid=x",
+            "v,cid=3 ",
+        ] {
+            assert!(vsock(OsStr::new(text)).is_err(), "{text}");
+        }
     }
 
     #[test]

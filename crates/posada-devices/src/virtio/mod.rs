@@ -11,6 +11,7 @@ mod queue;
 pub mod rng;
 mod state;
 mod transport;
+pub mod vsock;
 mod worker;
 
 pub use interrupt::Interrupt;
@@ -20,6 +21,7 @@ pub use transport::VirtioPci;
 pub use worker::Signal;
 
 use crate::state::StateError;
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// What a device can do when something comes from the host's side.
@@ -76,8 +78,14 @@ pub trait VirtioDevice: Send + Sync {
     /// # Errors
     /// [`Broken`]: the driver is told to reset the device, and the queues are touched no more.
     fn serve(&self, queues: &mut [VirtQueue], signal: &Signal) -> Result<(), Broken>;
+    /// A descriptor (an epoll) that can be read while there is work from the host's side: `serve` is called then too.
+    fn host_events(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
     /// Called once, by the transport that takes the device.
     fn connect(&self, _link: Link) {}
+    /// The driver has reset the device: what it had with this driver is over.
+    fn reset(&self) {}
     /// What the device itself keeps, beside transport and queues.
     fn save(&self) -> DeviceState;
     /// Takes what [`VirtioDevice::save`] gave in another process, perhaps long ago; it may be forged.

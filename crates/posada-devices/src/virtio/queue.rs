@@ -168,6 +168,11 @@ impl VirtQueue {
         }
     }
 
+    /// The chain that [`VirtQueue::pop`] gave last was not needed: it is the next again.
+    pub fn put_back(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
     /// Gives a chain back, `written` bytes of it written, and interrupts the driver if it wants that.
     ///
     /// # Errors

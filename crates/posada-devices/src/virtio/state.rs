@@ -5,6 +5,7 @@ use super::blk::BlkState;
 use super::console::ConsoleState;
 use super::interrupt::NO_VECTOR;
 use super::transport::{Common, DRIVER_OK, FEATURES_OK, NEEDS_RESET, QueueSetup, Work};
+use super::vsock::VsockState;
 use super::{VirtioDevice, VirtioPci};
 use crate::msix::MsixState;
 use crate::pci::ConfigState;
@@ -22,6 +23,8 @@ pub enum DeviceState {
     Rng,
     /// A console.
     Console(ConsoleState),
+    /// Sockets.
+    Vsock(VsockState),
 }
 
 impl DeviceState {
@@ -31,6 +34,7 @@ impl DeviceState {
             DeviceState::Blk(_) => "blk",
             DeviceState::Rng => "rng",
             DeviceState::Console(_) => "console",
+            DeviceState::Vsock(_) => "vsock",
         };
         StateError::new(format!(
             "is a virtio-{}, the snapshot's is a virtio-{kind}",

@@ -258,6 +258,7 @@ impl VirtioPci {
         if status == 0 {
             // Joins the device's thread.
             common.work = Work::Idle;
+            self.device.reset();
             self.interrupt.reset();
             *common = Common {
                 held: common.held,

@@ -4,7 +4,7 @@
 //!          spawn               hold: between two requests
 //!   idle ────────► running ─────────────────────────────► idle, the queues are handed back
 //!                   │  ▲ └─────────────────────────────► idle: abandoned, or a queue was broken
-//!                   └──┘ doorbell
+//!                   └──┘ doorbell, host's event
 //! ```
 
 use super::{Broken, Interrupt, VirtQueue, VirtioDevice};
@@ -81,7 +81,7 @@ impl Worker {
                             return Err(broken);
                         }
                         if !signal.stopping() {
-                            signal.event.wait();
+                            signal.event.wait_or(device.host_events());
                         }
                     }
                     Ok(queues)

@@ -45,12 +45,34 @@ pub struct MachineState {
     pub rng: VirtioState,
     /// The virtio console, if there is one.
     pub console: Option<VirtioState>,
+    /// Sockets between host and guest, if there are any. Not in the snapshots of the first Posadas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VirtioState>,
+}
+
+/// What not every machine has must be in both or in neither.
+fn restore_optional(function: Option<&VirtioPci>, state: Option<&VirtioState>, what: &str) -> Result<(), StateError> {
+    match (function, state) {
+        (Some(function), Some(state)) => function.restore(state).map_err(|error| error.of(format!("the {what}"))),
+        (None, None) => Ok(()),
+        (ours, _) => {
+            let has = |has: bool| {
+                if has {
+                    format!("has a {what}")
+                } else {
+                    "has none".into()
+                }
+            };
+            let reason = format!("{}, the snapshot's {}", has(ours.is_some()), has(ours.is_none()));
+            Err(StateError::new(reason).of("the machine"))
+        }
+    }
 }
 
 impl Machine {
     fn functions(&self) -> impl Iterator<Item = &Arc<VirtioPci>> {
         let disks = self.disks.iter().map(|disk| &disk.function);
-        disks.chain([&self.rng]).chain(&self.virtio_console)
+        disks.chain([&self.rng]).chain(&self.virtio_console).chain(&self.vsock)
     }
 
     /// Stops all devices between two requests. When this returns, no request is half done: its data are where they belong,
@@ -79,6 +101,7 @@ impl Machine {
             disks: self.disks.iter().map(|disk| disk.function.save()).collect(),
             rng: self.rng.save(),
             console: self.virtio_console.as_ref().map(|console| console.save()),
+            vsock: self.vsock.as_ref().map(|vsock| vsock.save()),
         }
     }
 
@@ -112,15 +135,8 @@ impl Machine {
         self.rng
             .restore(&state.rng)
             .map_err(|error| error.of("the random number device"))?;
-        match (&self.virtio_console, &state.console) {
-            (Some(console), Some(state)) => console.restore(state).map_err(|error| error.of("the virtio console"))?,
-            (None, None) => {}
-            (ours, _) => {
-                let has = |has: bool| if has { "has a virtio console" } else { "has none" };
-                let reason = format!("{}, the snapshot's {}", has(ours.is_some()), has(ours.is_none()));
-                return Err(machine(StateError::new(reason)));
-            }
-        }
+        restore_optional(self.virtio_console.as_deref(), state.console.as_ref(), "virtio console")?;
+        restore_optional(self.vsock.as_deref(), state.vsock.as_ref(), "vsock")?;
         self.com1.restore(&state.com1)?;
         self.rtc.restore(&state.rtc)?;
         // Behind the functions: it looks where their BARs are.
@@ -156,13 +172,14 @@ mod tests {
     use super::*;
     use crate::control::Control;
     use crate::layout;
-    use crate::machine::Parts;
+    use crate::machine::{Parts, VsockPart};
     use crate::testing::{FakeEngine, Random, Step, TempDir};
     use posada_devices::serial::Flush;
     use posada_devices::virtio::blk::open_disk;
     use posada_engine::{Engine, Machine as _};
     use posada_memory::GuestRam;
     use serde_json::Value;
+    use std::os::unix::net::UnixListener;
     use std::path::Path;
 
     /// BARs of the first disk and of what comes behind it, as the machine places them.
@@ -170,6 +187,10 @@ mod tests {
     const BAR: u64 = 0x8000;
 
     fn build(disks: &[BlkDisk], virtio_console: bool) -> Machine {
+        build_with(disks, virtio_console, None)
+    }
+
+    fn build_with(disks: &[BlkDisk], virtio_console: bool, vsock: Option<VsockPart<'_>>) -> Machine {
         let ram = Arc::new(GuestRam::new(2 << 20).unwrap());
         let engine: Arc<dyn Engine> = Arc::new(FakeEngine::new(Arc::new(|_, _, _| Step::Halt)));
         let parts = Parts {
@@ -177,6 +198,7 @@ mod tests {
             disks,
             com1: (Box::new(io::sink()), Flush::Byte),
             virtio_console: virtio_console.then(|| Box::new(io::sink()) as Box<dyn io::Write + Send>),
+            vsock,
             debug_exit: false,
         };
         Machine::new(parts, &ram, &engine, &Control::new()).unwrap()
@@ -278,6 +300,23 @@ mod tests {
             refuse(&[0, 1], true, &good),
             "the machine has a virtio console, the snapshot's has none"
         );
+        let listener = |name| UnixListener::bind(dir.path(name)).unwrap();
+        let path = dir.path("vsock");
+        let vsock = |cid, name| {
+            Some(VsockPart {
+                cid,
+                listener: listener(name),
+                path: &path,
+            })
+        };
+        let with = saved(&build_with(&clone(&[0, 1]), false, vsock(3, "socket-a")));
+        assert_eq!(
+            refuse(&[0, 1], false, &with),
+            "the machine has none, the snapshot's has a vsock"
+        );
+        build_with(&clone(&[0, 1]), false, vsock(4, "socket-b"))
+            .restore(&with)
+            .unwrap();
         let state = MachineState {
             version: 2,
             ..good.clone()

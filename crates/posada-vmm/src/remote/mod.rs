@@ -126,7 +126,8 @@ pub enum Error {
     Refused(String),
 }
 
-fn bind_reason(error: &io::Error) -> String {
+/// Why a socket cannot be made, for a user.
+pub(crate) fn bind_reason(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::AddrInUse => "another VM has it, or it is no socket".into(),
         _ => error.to_string(),

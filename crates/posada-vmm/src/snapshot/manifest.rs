@@ -87,6 +87,9 @@ pub(super) struct Shape {
     /// For the next boot, the file `initramfs` is there.
     pub(super) initramfs: bool,
     pub(super) virtio_console: bool,
+    /// The guest's context id, if it has a vsock. Not in the snapshots of the first Posadas.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) vsock: Option<u32>,
     pub(super) debug_exit: bool,
     pub(super) disks: Vec<SavedDisk>,
 }
@@ -188,6 +191,7 @@ mod tests {
                 cmdline: "console=ttyS0 \"quoted\"".into(),
                 initramfs: true,
                 virtio_console: false,
+                vsock: Some(3),
                 debug_exit: true,
                 disks: vec![SavedDisk {
                     path: "/a disk".into(),

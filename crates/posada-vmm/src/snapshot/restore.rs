@@ -110,6 +110,11 @@ impl Snapshot {
         self.manifest.vm.virtio_console
     }
 
+    /// Its context id, if it has a vsock.
+    pub fn vsock(&self) -> Option<u32> {
+        self.manifest.vm.vsock
+    }
+
     /// Whether it has the debug-exit port.
     pub fn debug_exit(&self) -> bool {
         self.manifest.vm.debug_exit

@@ -343,6 +343,7 @@ impl Saver<'_> {
                 cmdline: config.cmdline.clone(),
                 initramfs: self.subject.source.initramfs.is_some(),
                 virtio_console: config.virtio_console,
+                vsock: config.vsock.as_ref().map(|vsock| vsock.cid),
                 debug_exit: config.debug_exit,
                 disks,
             },

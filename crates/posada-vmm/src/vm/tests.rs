@@ -73,6 +73,40 @@ fn a_reset_builds_everything_anew_and_keeps_the_disks_lock_and_the_console() {
 }
 
 #[test]
+fn a_vsock_stays_through_a_reset_and_goes_at_the_end() {
+    let dir = TempDir::new();
+    let vsock = VsockConfig {
+        path: dir.path("vsock"),
+        cid: 9,
+    };
+    let config = Config {
+        vsock: Some(vsock.clone()),
+        ..config(&dir)
+    };
+    let (lives, early) = (AtomicU64::new(0), Mutex::new(None));
+    let report = run(&config, &Control::new(), move |_, _, machine| {
+        // Behind the random numbers: its context id, where the device configuration is.
+        let mut cid = [0; 8];
+        machine.mmio_read(crate::layout::PCI_WINDOW.start + 0x8000 + 0x2000, &mut cid);
+        assert_eq!(cid, 9_u64.to_le_bytes());
+        let mut early = early.lock().unwrap();
+        match lives.fetch_add(1, Ordering::Relaxed) {
+            0 => {
+                *early = Some(std::os::unix::net::UnixStream::connect(&vsock.path).unwrap());
+                machine.port_write(0xcf9, &[6]);
+            }
+            _ => {
+                assert!(early.take().unwrap().take_error().unwrap().is_none());
+                power_off(machine);
+            }
+        }
+        Step::Next
+    });
+    assert_eq!(report.unwrap().reboots, 1);
+    assert_eq!(dir.names(), ["kernel"]);
+}
+
+#[test]
 fn with_no_reboot_a_reset_ends_the_vm() {
     let dir = TempDir::new();
     let config = Config {
