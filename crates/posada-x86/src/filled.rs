@@ -42,20 +42,6 @@ impl Filled {
         }
     }
 
-    /// Forgets those for which `stays` is false; it is asked twice about some.
-    pub fn retain(&mut self, mut stays: impl FnMut(usize) -> bool) {
-        for (list, slots) in self.lists.iter_mut().enumerate() {
-            let listed = &mut self.listed;
-            slots.retain(|&slot| {
-                let stays = stays(slot as usize);
-                if !stays {
-                    listed[slot as usize] &= !(1 << list);
-                }
-                stays
-            });
-        }
-    }
-
     /// All, some perhaps twice.
     pub fn iter(&self) -> impl Iterator<Item = usize> {
         self.lists.iter().flatten().map(|&slot| slot as usize)

@@ -2,6 +2,8 @@
 //!
 //! Everything in a [`Core`](crate::core::Core) is reached as `gs:[offset]`.
 
+use super::frame::{self, WAYS};
+use super::jumps::SPREAD;
 use super::operation::Memory;
 use super::relocation::{Form, Holds, Relocation};
 
@@ -20,6 +22,7 @@ pub struct Hole(pub usize);
 pub mod condition {
     #![allow(missing_docs, reason = "the manual's own mnemonics")]
     pub const E: u8 = 4;
+    pub const AE: u8 = 3;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
 }
@@ -104,6 +107,12 @@ impl Assembler {
     /// `or dword gs:[offset], value`.
     pub fn or_dword(&mut self, offset: usize, value: u32) {
         self.absolute(&[], 0x40, &[0x81], 1, offset);
+        self.dword(value as i32);
+    }
+
+    /// `cmp dword gs:[offset], value`.
+    pub fn compare_dword(&mut self, offset: usize, value: u32) {
+        self.absolute(&[], 0x40, &[0x81], 7, offset);
         self.dword(value as i32);
     }
 
@@ -325,6 +334,58 @@ impl Assembler {
         self.indexed(0x03, offset);
     }
 
+    /// `cmp r10, gs:[r11 + offset]`.
+    pub fn compare_indexed(&mut self, offset: usize) {
+        self.indexed(0x3b, offset);
+    }
+
+    fn rax_indexed(&mut self, opcode: u8, offset: usize) {
+        self.bytes(&[0x65, 0x49, opcode, 0x83]);
+        self.dword(offset as i32);
+    }
+
+    /// `cmp rax, gs:[r11 + offset]`.
+    pub fn compare_rax_indexed(&mut self, offset: usize) {
+        self.rax_indexed(0x3b, offset);
+    }
+
+    /// `mov rax, gs:[r11 + offset]`.
+    pub fn load_rax_indexed(&mut self, offset: usize) {
+        self.rax_indexed(0x8b, offset);
+    }
+
+    /// The place of R10's way, in bytes, into R11; RAX is what the soft TLB says of its page.
+    pub fn way_index(&mut self) {
+        self.copy(R11, RAX);
+        // shr r11, 12; imul r11d, r11d, SPREAD
+        self.bytes(&[0x49, 0xc1, 0xeb, 12, 0x45, 0x69, 0xdb]);
+        self.dword(SPREAD as i32);
+        // xor r11d, r10d
+        self.bytes(&[0x45, 0x31, 0xd3]);
+        self.mask_r11(WAYS as u32 - 1);
+        // shl r11d, 5
+        self.bytes(&[0x41, 0xc1, 0xe3, 5]);
+    }
+
+    /// `mov gs:[r11 * 8 + offset], rax`.
+    pub fn store_rax_at_slot(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0x4a, 0x89, 0x04, 0xdd]);
+        self.dword(offset as i32);
+    }
+
+    /// Appends R11 and `first` to the dwords at `slots`, of which there are as many as the dword at `count` says.
+    pub fn log_slot(&mut self, first: u32, count: usize, slots: usize) {
+        // or r11d, first
+        self.bytes(&[0x41, 0x81, 0xcb]);
+        self.dword(first as i32);
+        // mov eax, gs:[count]; inc dword gs:[count]
+        self.absolute(&[], 0x40, &[0x8b], RAX, count);
+        self.absolute(&[], 0x40, &[0xff], 0, count);
+        // mov gs:[rax * 4 + slots], r11d
+        self.bytes(&[0x65, 0x44, 0x89, 0x1c, 0x85]);
+        self.dword(slots as i32);
+    }
+
     /// `cmp r10, value`.
     pub fn compare_r10(&mut self, value: i32) {
         self.bytes(&[0x49, 0x81, 0xfa]);
@@ -417,6 +478,14 @@ impl Assembler {
     pub fn jump_to(&mut self, address: u64) {
         let hole = self.jump();
         self.aim(hole, address);
+    }
+
+    /// Flags into the Core. R11 is lost.
+    pub fn store_flags(&mut self) {
+        self.copy(R11, RAX);
+        self.flags_to_ax();
+        self.store_ax(frame::ARITHMETIC);
+        self.copy(RAX, R11);
     }
 
     /// Flags into AX as LAHF and SETO give them.

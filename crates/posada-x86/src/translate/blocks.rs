@@ -117,20 +117,10 @@ struct Incoming {
 }
 
 /// A block's number: its part of the cache, and its place in the order of that part's code.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Number {
     part: u32,
     place: u32,
-}
-
-impl Number {
-    /// A number that need not be any block's.
-    pub const NONE: Self = Self { part: 0, place: 0 };
-
-    /// The part of the cache that its code is in.
-    pub fn part(self) -> usize {
-        self.part as usize
-    }
 }
 
 /// The blocks of a part of the cache.
@@ -307,7 +297,8 @@ impl Blocks {
     }
 
     /// Nothing leads to a block any longer, and it is not found. Its code stays where it is.
-    fn forget(&mut self, number: Number, cache: &mut CodeCache) {
+    fn forget(&mut self, number: Number, cache: &mut CodeCache, forget: &mut impl FnMut(&Block)) {
+        forget(self.get(number));
         let block = self.get_mut(number);
         let (key, incoming) = (block.key, std::mem::take(&mut block.incoming));
         for Incoming { branch, part, emptied } in incoming {
@@ -332,8 +323,14 @@ impl Blocks {
     }
 
     /// Forgets the blocks with code of `page` that has changed: its version, as that of all pages, is what `version` says.
-    /// Gives how many.
-    pub fn forget_stale(&mut self, page: u64, version: impl Fn(u64) -> u32, cache: &mut CodeCache) -> u64 {
+    /// Gives how many. `forget` is told of each.
+    pub fn forget_stale(
+        &mut self,
+        page: u64,
+        version: impl Fn(u64) -> u32,
+        cache: &mut CodeCache,
+        mut forget: impl FnMut(&Block),
+    ) -> u64 {
         let numbers = self.by_page.get(&page);
         let stale: Vec<Number> = numbers
             .into_iter()
@@ -345,7 +342,7 @@ impl Blocks {
             })
             .collect();
         for &number in &stale {
-            self.forget(number, cache);
+            self.forget(number, cache, &mut forget);
             for page in self.get(number).pages() {
                 self.leave_page(page, number);
             }
@@ -358,14 +355,14 @@ impl Blocks {
         self.by_page.keys().copied().collect()
     }
 
-    /// Forgets the blocks of a part of the cache, whose code goes.
-    pub fn empty(&mut self, part: usize, cache: &mut CodeCache) {
+    /// Forgets the blocks of a part of the cache, whose code goes. `forget` is told of each.
+    pub fn empty(&mut self, part: usize, cache: &mut CodeCache, mut forget: impl FnMut(&Block)) {
         for place in 0..self.parts[part].blocks.len() as u32 {
             let number = Number {
                 part: part as u32,
                 place,
             };
-            self.forget(number, cache);
+            self.forget(number, cache, &mut forget);
         }
         // A page at a time: it may have thousands of blocks.
         self.by_page.retain(|_, numbers| {

@@ -250,7 +250,7 @@ impl Emitter {
     /// Code that goes on only if R10 is the block's RIP.
     fn compare_rip(&mut self, live: bool) {
         let a = &mut self.assembler;
-        let unknown = self.stubs.mistaken;
+        let unknown = self.stubs.mistaken[self.mode];
         if live {
             a.copy(R11, RCX);
             a.place(RCX, self.start.wrapping_neg(), Holds::Negated);
@@ -299,11 +299,7 @@ impl Emitter {
     }
 
     fn store_flags(&mut self) {
-        let a = &mut self.assembler;
-        a.copy(R11, RAX);
-        a.flags_to_ax();
-        a.store_ax(frame::ARITHMETIC);
-        a.copy(RAX, R11);
+        self.assembler.store_flags();
     }
 
     fn load_flags(&mut self) {

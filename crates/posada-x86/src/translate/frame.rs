@@ -1,6 +1,7 @@
 //! What translated code finds at `gs:`: places in a [`Core`], and the few words that are the translator's own.
 
 use super::groups::GROUPS;
+use super::jumps::Way;
 use crate::core::{Core, Msrs, VectorState};
 use crate::lapic::Lapic;
 use crate::tlb::{ENTRIES, Entry, FETCH_SUPERVISOR, FETCH_USER, Generation, Mmu, SUPERVISOR, SUPERVISOR_AC, USER};
@@ -9,6 +10,10 @@ use std::mem::offset_of;
 /// Slots of a jump cache. The kernel's hot code lies far apart: with a quarter of this, a tenth of its branches found the slot
 /// taken by another.
 pub const JUMPS: usize = 1 << 15;
+/// Ways to blocks.
+pub const WAYS: usize = 1 << 15;
+/// Slots that stubs may fill before Rust takes note of them.
+pub const LOG: usize = 1 << 12;
 /// Jump caches: one for each data table that translated code uses, so that no mode runs another's code.
 pub const MODES: usize = 3;
 
@@ -47,7 +52,13 @@ pub struct Frame {
     pub fills: u64,
     /// What the blocks and the ways to them were found under.
     pub seen: Seen,
-    /// Ways by RIP: addresses of code that compares R10 with its own RIP first.
+    /// How many slots of the jump caches stubs have filled, and which, counted through all caches.
+    pub logged: u32,
+    /// Those.
+    pub log: [u32; LOG],
+    /// [`Way`]s.
+    pub ways: [Way; WAYS],
+    /// By RIP: addresses of code that compares R10 with its own RIP first.
     pub jumps: [[u64; JUMPS]; MODES],
 }
 
@@ -101,6 +112,10 @@ places! {
     TEMPORARY = temporary;
     /// [`Frame::events`].
     EVENTS = events;
+    /// [`Frame::logged`].
+    LOGGED = logged;
+    /// [`Frame::log`].
+    LOGGED_SLOTS = log;
     /// [`Frame::jump_mask`].
     JUMP_MASK = jump_mask;
     /// [`Frame::flags_from`].
@@ -154,6 +169,27 @@ pub const fn segment_base(segment: u8) -> usize {
 /// One of [`Frame::ranges`].
 pub const fn range(group: u8) -> usize {
     offset_of!(Core, frame) + offset_of!(Frame, ranges) + group as usize * 8
+}
+
+/// Places in the first [`Way`].
+#[derive(Clone, Copy, Debug)]
+pub struct WayPlaces {
+    /// RIP.
+    pub rip: usize,
+    /// Mapping.
+    pub mapping: usize,
+    /// Address of code.
+    pub start: usize,
+}
+
+/// Where the ways are.
+pub const fn ways() -> WayPlaces {
+    let first = offset_of!(Core, frame) + offset_of!(Frame, ways);
+    WayPlaces {
+        rip: first + offset_of!(Way, rip),
+        mapping: first + offset_of!(Way, mapping),
+        start: first + offset_of!(Way, start),
+    }
 }
 
 /// A jump cache.
@@ -228,6 +264,6 @@ pub const fn fetch_entry(mode: usize, linear: u64) -> FetchEntry {
 }
 
 // The sequence of a check: index bits of the page number, shifted to whole entries.
-const _: () = assert!(size_of::<Entry>() == 32);
+const _: () = assert!(size_of::<Entry>() == 32 && size_of::<Way>() == 32);
 /// Mask of the page number's bits, seven places to the right.
 pub const INDEX_MASK: u32 = (ENTRIES as u32 - 1) << 5;

@@ -4,7 +4,7 @@
 //! - [`operation`] says what one instruction is ([`table`]: by its form), [`region`] what a block consists of and which flags
 //!   are wanted where, [`emit`] makes its code with the [`assembler`].
 //! - [`frame`] is what that code finds at `gs:`; [`stubs`] are the ways in and out; [`cache`] is its memory.
-//! - [`blocks`] finds, links and forgets blocks, [`relocation`] copies them; [`run`] runs them.
+//! - [`blocks`] finds, links and forgets blocks, [`jumps`] leads to them by RIP, [`relocation`] copies them; [`run`] runs them.
 //! - [`check`] compares each block with the interpreter, and stops with a [`report`] at the first difference.
 //! - [`trap`] handles what the host's processor raises; [`perf_map`] tells perf what runs.
 //!
@@ -19,6 +19,7 @@ mod emit;
 pub mod frame;
 pub mod groups;
 mod help;
+mod jumps;
 mod operation;
 mod perf_map;
 mod region;

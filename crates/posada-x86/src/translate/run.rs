@@ -4,7 +4,8 @@ use super::blocks::{Block, Blocks, Key, Made, Number, Source};
 use super::cache::CodeCache;
 use super::check::Left;
 use super::emit::{Emitter, NextPage, Place};
-use super::frame::{self, JUMPS, MODES};
+use super::frame::{self, JUMPS, LOG, MODES};
+use super::jumps::Way;
 use super::operation::{MAX_LENGTH, Reader, limits};
 use super::perf_map::PerfMap;
 use super::region::{Next, Page, Region};
@@ -35,29 +36,19 @@ pub enum Ran {
     Interpret,
 }
 
-/// Where a filled slot of a jump cache leads.
-#[derive(Clone, Copy)]
-struct Jump {
-    block: Number,
-    /// The block's page is mapped globally.
-    global: bool,
-}
-
 /// One vCPU's translator.
 pub struct Translator {
     cache: CodeCache,
-    stubs: Stubs,
-    blocks: Blocks,
+    pub(super) stubs: Stubs,
+    pub(super) blocks: Blocks,
     reader: Reader,
     region: Region,
     emitter: Emitter,
     counters: Box<[u8]>,
     threshold: u8,
     /// Filled slots of the jump caches, one cache after another.
-    filled: Filled,
-    /// What filled slots lead to.
-    jumps: [Box<[Jump]>; MODES],
-    jump_mask: u32,
+    pub(super) filled: Filled,
+    pub(super) jump_mask: u32,
     counts: Translation,
     perf_map: Option<Arc<PerfMap>>,
     /// Blocks are to be compared with the interpreter.
@@ -78,10 +69,6 @@ impl Translator {
         emitter.assembler.begin(cache.stubs());
         let stubs = stubs::make(&mut emitter.assembler, miss);
         cache.put_stubs(&emitter.assembler.code);
-        let nowhere = Jump {
-            block: Number::NONE,
-            global: false,
-        };
         Ok(Self {
             blocks: Blocks::new(cache.layout()),
             cache,
@@ -92,7 +79,6 @@ impl Translator {
             counters: vec![0; COUNTERS].into(),
             threshold: THRESHOLD,
             filled: Filled::new(MODES * JUMPS),
-            jumps: std::array::from_fn(|_| vec![nowhere; JUMPS].into()),
             jump_mask,
             counts: Translation::default(),
             perf_map: None,
@@ -119,14 +105,10 @@ impl Translator {
         core.frame.flags_from = frame::PACKED_FLAGS;
         core.frame.flags_to = crate::core::flag::ARITHMETIC as u32;
         if core.frame.jumps[0][0] == 0 {
-            let unknown = self.unknown();
-            core.frame.jumps.iter_mut().for_each(|jumps| jumps.fill(unknown));
+            let modes = core.frame.jumps.iter_mut().zip(self.stubs.unknown);
+            modes.for_each(|(jumps, unknown)| jumps.fill(unknown));
         }
         trap::set_gs(core);
-    }
-
-    fn unknown(&self) -> u64 {
-        self.stubs.leave[Leave::Unknown as usize]
     }
 
     /// Translates code when it is wanted for the first time.
@@ -288,84 +270,35 @@ impl Translator {
     fn synchronize(&mut self, core: &mut Core) {
         let now = core.seen();
         let before = std::mem::replace(&mut core.frame.seen, now);
+        if core.frame.logged as usize > LOG / 2 {
+            self.read_log(core);
+        }
         if now == before {
             return;
         }
-        let mut all = now.generation.all != before.generation.all || now.settings != before.settings;
         if now.changes != before.changes {
-            all |= self.forget_changed(core, before.changes..now.changes);
+            self.forget_changed(core, before.changes..now.changes);
         }
+        if now.settings != before.settings {
+            core.frame.ways.fill(Way::default());
+        }
+        let all = now.generation.all != before.generation.all || now.settings != before.settings;
         if all || now.generation.context != before.generation.context {
             self.forget_jumps(core, !all);
         }
     }
 
-    /// Forgets blocks of code that these changes concern. True if there were any.
-    fn forget_changed(&mut self, core: &Core, changes: std::ops::Range<u64>) -> bool {
+    /// Forgets blocks of code that these changes concern.
+    fn forget_changed(&mut self, core: &mut Core, changes: std::ops::Range<u64>) {
         let code = core.ram.code();
         // What lies too far back to be known concerns any page.
         let pages = changes.map(|number| code.changed(number)).collect::<Option<Vec<u64>>>();
-        let before = self.counts.outdated;
+        let (frame, unknown, jump_mask) = (&mut core.frame, self.stubs.unknown, self.jump_mask);
         for page in pages.unwrap_or_else(|| self.blocks.pages()) {
             let version = |page| code.page(page).version();
-            self.counts.outdated += self.blocks.forget_stale(page, version, &mut self.cache);
+            let forget = |block: &Block| frame.forget(block, unknown, jump_mask);
+            self.counts.outdated += self.blocks.forget_stale(page, version, &mut self.cache, forget);
         }
-        self.counts.outdated != before
-    }
-
-    fn forget_jumps(&mut self, core: &mut Core, keep_global: bool) {
-        let unknown = self.unknown();
-        let jumps = &self.jumps;
-        let forget = |number: usize| {
-            let (mode, slot) = (number / JUMPS, number % JUMPS);
-            if !keep_global || !jumps[mode][slot].global {
-                core.frame.jumps[mode][slot] = unknown;
-            }
-        };
-        if keep_global {
-            self.filled.drain_context(forget);
-        } else {
-            self.filled.drain(forget);
-        }
-    }
-
-    /// Forgets the ways to blocks of a part of the cache.
-    fn forget_jumps_to(&mut self, core: &mut Core, part: usize) {
-        let unknown = self.unknown();
-        let jumps = &self.jumps;
-        self.filled.retain(|number| {
-            let (mode, slot) = (number / JUMPS, number % JUMPS);
-            let stays = jumps[mode][slot].block.part() != part;
-            if !stays {
-                core.frame.jumps[mode][slot] = unknown;
-            }
-            stays
-        });
-    }
-
-    fn fill_jump(&mut self, core: &mut Core, mode: usize, number: Number) {
-        let block = self.blocks.get(number);
-        let slot = frame::slot(block.key.rip, self.jump_mask);
-        let global = core.fetched_globally(block.key.rip);
-        core.frame.jumps[mode][slot] = block.start;
-        self.jumps[mode][slot] = Jump { block: number, global };
-        self.filled.add(mode * JUMPS + slot, global);
-    }
-
-    /// The block at RIP, if it is translated or worth it.
-    fn find(&mut self, core: &mut Core) -> Option<Number> {
-        let mode = core.translated_mode()?;
-        let rip = core.rip();
-        let slot = frame::slot(rip, self.jump_mask);
-        if core.frame.jumps[mode][slot] != self.unknown() {
-            let number = self.jumps[mode][slot].block;
-            if self.blocks.get(number).key.rip == rip {
-                return Some(number);
-            }
-        }
-        let number = self.look_up(core, mode, false)?;
-        self.fill_jump(core, mode, number);
-        Some(number)
     }
 
     /// The block without groups at RIP.
@@ -374,7 +307,8 @@ impl Translator {
         self.look_up(core, mode, true)
     }
 
-    fn look_up(&mut self, core: &mut Core, mode: usize, plain: bool) -> Option<Number> {
+    /// The block at RIP by its key, made if it is worth it.
+    pub(super) fn look_up(&mut self, core: &mut Core, mode: usize, plain: bool) -> Option<Number> {
         let rip = core.rip();
         // The interpreter will raise what this raises.
         let (page, host) = core.fetch_page(rip).ok()?;
@@ -408,8 +342,9 @@ impl Translator {
     fn make_room(&mut self, core: &mut Core) {
         if self.cache.is_full() {
             let part = self.cache.next_part();
-            self.forget_jumps_to(core, part);
-            self.blocks.empty(part, &mut self.cache);
+            let (frame, unknown, jump_mask) = (&mut core.frame, self.stubs.unknown, self.jump_mask);
+            let forget = |block: &Block| frame.forget(block, unknown, jump_mask);
+            self.blocks.empty(part, &mut self.cache, forget);
             self.counts.evictions += 1;
         }
     }

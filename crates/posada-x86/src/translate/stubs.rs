@@ -3,8 +3,9 @@
 //! In translated code RSP is the guest's, so nothing here touches the stack before it is exchanged for the host's.
 
 use super::assembler::{Assembler, R10, R11, condition};
-use super::frame;
+use super::frame::{self, LOG, MODES};
 use super::help::help;
+use super::jumps;
 use crate::core::Core;
 
 const RAX: u8 = 0;
@@ -56,10 +57,13 @@ pub type Enter = unsafe extern "sysv64" fn(*mut Core, u64, u64) -> u32;
 pub struct Stubs {
     /// [`Enter`].
     pub enter: u64,
-    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's. For the first four only.
+    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's, but with [`Leave::Unknown`] in the Core. For
+    /// the first four only.
     pub leave: [u64; 4],
-    /// The way out of code that R10 does not lead to: as for [`Leave::Unknown`], but flags are in the Core.
-    pub mistaken: u64,
+    /// By mode, from a slot that knows no block for R10: through a [`Way`](super::jumps::Way), or out.
+    pub unknown: [u64; MODES],
+    /// The same for code that R10 does not lead to: flags are in the Core.
+    pub mistaken: [u64; MODES],
     /// An exception on the host: all registers are the guest's.
     pub trap: u64,
     /// A check failed, by [`Wanted`]: R10 is the linear address, R11 where to try again, with R10 as it was.
@@ -198,6 +202,46 @@ impl Maker<'_> {
         self.back();
     }
 
+    /// To the code for R10 by its way, or out. Flags are in the Core.
+    fn find(&mut self, mode: usize, out: u64) {
+        let (ways, page) = (frame::ways(), frame::fetch_entry(mode, 0));
+        let a = &mut *self.a;
+        a.store(frame::TEMPORARY, RAX);
+        a.page_bits();
+        a.mask_r11(frame::INDEX_MASK);
+        a.copy(RAX, R10);
+        // and rax, -1000h
+        a.bytes(&[0x48, 0x25, 0, 0xf0, 0xff, 0xff]);
+        a.compare_rax_indexed(page.read);
+        let elsewhere = a.branch(condition::NE);
+        a.load_rax_indexed(page.gpa);
+        a.way_index();
+        a.compare_indexed(ways.rip);
+        let other = a.branch(condition::NE);
+        // or rax, mode
+        a.bytes(&[0x48, 0x0d]);
+        a.bytes(&(mode as u32).wrapping_shl(jumps::MODE_SHIFT).to_le_bytes());
+        a.compare_rax_indexed(ways.mapping);
+        let others = a.branch(condition::NE);
+        a.load_rax_indexed(ways.start);
+        a.store(frame::TARGET, RAX);
+        a.compare_dword(frame::LOGGED, LOG as u32);
+        let full = a.branch(condition::AE);
+        a.jump_index(frame::JUMP_MASK);
+        a.store_rax_at_slot(frame::jumps(mode));
+        a.log_slot((mode * frame::JUMPS) as u32, frame::LOGGED, frame::LOGGED_SLOTS);
+        a.land(full);
+        a.load_ax(frame::ARITHMETIC);
+        a.flags_from_ax();
+        a.load(RAX, frame::TEMPORARY);
+        a.jump_through(frame::TARGET);
+        for hole in [elsewhere, other, others] {
+            a.land(hole);
+        }
+        a.load(RAX, frame::TEMPORARY);
+        a.jump_to(out);
+    }
+
     fn miss(&mut self, wanted: Wanted, helper: u64) {
         self.save_registers();
         self.a.store(frame::SITE, R11);
@@ -260,14 +304,18 @@ pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
     for reason in [Leave::Chain, Leave::Unknown, Leave::Interpret, Leave::Poll] {
         maker.align();
         stubs.leave[reason as usize] = maker.address();
-        maker.leave(reason, true);
+        maker.leave(reason, reason != Leave::Unknown);
+    }
+    for mode in 0..MODES {
+        maker.align();
+        stubs.unknown[mode] = maker.address();
+        maker.a.store_flags();
+        stubs.mistaken[mode] = maker.address();
+        maker.find(mode, stubs.leave[Leave::Unknown as usize]);
     }
     maker.align();
     stubs.trap = maker.address();
     maker.leave(Leave::Trap, false);
-    maker.align();
-    stubs.mistaken = maker.address();
-    maker.leave(Leave::Unknown, false);
     for wanted in [Wanted::Read, Wanted::Write, Wanted::Writable] {
         maker.align();
         stubs.miss[wanted as usize] = maker.address();
