@@ -2,10 +2,11 @@
 //!
 //! Everything in a [`Core`](crate::core::Core) is reached as `gs:[offset]`.
 
-use super::frame::{self, WAYS};
+use super::frame::{self, LOG_GLOBAL, WAYS};
 use super::jumps::SPREAD;
 use super::operation::Memory;
 use super::relocation::{Form, Holds, Relocation};
+use crate::tlb::GLOBAL;
 
 /// Scratch registers.
 pub const R10: u8 = 10;
@@ -373,11 +374,25 @@ impl Assembler {
         self.dword(offset as i32);
     }
 
-    /// Appends R11 and `first` to the dwords at `slots`, of which there are as many as the dword at `count` says.
-    pub fn log_slot(&mut self, first: u32, count: usize, slots: usize) {
-        // or r11d, first
+    /// What the soft TLB says of a page, in RAX, becomes [`LOG_GLOBAL`] if the page is global, and zero otherwise.
+    pub fn global_bit(&mut self) {
+        // and eax, GLOBAL; shl eax
+        self.code.push(0x25);
+        self.dword(GLOBAL as i32);
+        self.bytes(&[
+            0xc1,
+            0xe0,
+            (LOG_GLOBAL.trailing_zeros() - GLOBAL.trailing_zeros()) as u8,
+        ]);
+    }
+
+    /// Appends R11, `first` and what is in [`frame::SITE`] to the log of filled slots.
+    pub fn log_slot(&mut self, first: u32) {
+        let (count, slots) = (frame::LOGGED, frame::LOGGED_SLOTS);
+        // or r11d, first; or r11d, gs:[SITE]
         self.bytes(&[0x41, 0x81, 0xcb]);
         self.dword(first as i32);
+        self.absolute(&[], 0x40, &[0x0b], R11, frame::SITE);
         // mov eax, gs:[count]; inc dword gs:[count]
         self.absolute(&[], 0x40, &[0x8b], RAX, count);
         self.absolute(&[], 0x40, &[0xff], 0, count);

@@ -14,6 +14,8 @@ pub const JUMPS: usize = 1 << 15;
 pub const WAYS: usize = 1 << 15;
 /// Slots that stubs may fill before Rust takes note of them.
 pub const LOG: usize = 1 << 12;
+/// In the log: the slot is one for a page that is mapped globally.
+pub const LOG_GLOBAL: u32 = 1 << 31;
 /// Jump caches: one for each data table that translated code uses, so that no mode runs another's code.
 pub const MODES: usize = 3;
 

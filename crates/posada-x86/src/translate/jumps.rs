@@ -3,7 +3,7 @@
 //! Rust, and fills the slot.
 
 use super::blocks::{Block, Number};
-use super::frame::{self, Frame, JUMPS, LOG, WAYS};
+use super::frame::{self, Frame, JUMPS, LOG, LOG_GLOBAL, WAYS};
 use super::run::Translator;
 use crate::core::Core;
 
@@ -56,8 +56,7 @@ impl Translator {
     pub(super) fn read_log(&mut self, core: &mut Core) {
         let count = std::mem::take(&mut core.frame.logged) as usize;
         for &slot in &core.frame.log[..count.min(LOG)] {
-            // They do not know whether the page is global, and fill the slot anew if it was.
-            self.filled.add(slot as usize, false);
+            self.filled.add((slot & !LOG_GLOBAL) as usize, slot & LOG_GLOBAL != 0);
         }
     }
 

@@ -223,13 +223,15 @@ impl Maker<'_> {
         a.bytes(&(mode as u32).wrapping_shl(jumps::MODE_SHIFT).to_le_bytes());
         a.compare_rax_indexed(ways.mapping);
         let others = a.branch(condition::NE);
+        a.global_bit();
+        a.store(frame::SITE, RAX);
         a.load_rax_indexed(ways.start);
         a.store(frame::TARGET, RAX);
         a.compare_dword(frame::LOGGED, LOG as u32);
         let full = a.branch(condition::AE);
         a.jump_index(frame::JUMP_MASK);
         a.store_rax_at_slot(frame::jumps(mode));
-        a.log_slot((mode * frame::JUMPS) as u32, frame::LOGGED, frame::LOGGED_SLOTS);
+        a.log_slot((mode * frame::JUMPS) as u32);
         a.land(full);
         a.load_ax(frame::ARITHMETIC);
         a.flags_from_ax();
