@@ -358,8 +358,8 @@ impl Assembler {
     /// The place of R10's way, in bytes, into R11; RAX is what the soft TLB says of its page.
     pub fn way_index(&mut self) {
         self.copy(R11, RAX);
-        // shr r11, 12; imul r11d, r11d, SPREAD
-        self.bytes(&[0x49, 0xc1, 0xeb, 12, 0x45, 0x69, 0xdb]);
+        // xor r11, r10; shr r11, 12; imul r11d, r11d, SPREAD
+        self.bytes(&[0x4d, 0x31, 0xd3, 0x49, 0xc1, 0xeb, 12, 0x45, 0x69, 0xdb]);
         self.dword(SPREAD as i32);
         // xor r11d, r10d
         self.bytes(&[0x45, 0x31, 0xd3]);

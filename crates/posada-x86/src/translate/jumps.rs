@@ -29,7 +29,7 @@ pub struct Way {
 
 /// The place of a way for code at `rip` in the guest physical page at `gpa`.
 fn index(rip: u64, gpa: u64) -> usize {
-    ((gpa >> 12) as u32).wrapping_mul(SPREAD) as usize % WAYS ^ rip as usize % WAYS
+    (((gpa ^ rip) >> 12) as u32).wrapping_mul(SPREAD) as usize % WAYS ^ rip as usize % WAYS
 }
 
 fn mapping(gpa: u64, mode: usize) -> u64 {
@@ -99,5 +99,53 @@ impl Translator {
         core.frame.jumps[mode][slot] = way.start;
         self.filled.add(mode * JUMPS + slot, core.fetched_globally(rip));
         Some(way.block)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Translator;
+    use super::super::tests::{RAM, finish, machine};
+    use crate::core::gpr;
+
+    #[test]
+    fn code_whose_slots_collide_is_found_without_leaving() {
+        let mut core = machine();
+        core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
+        // The same pages at 20_0000h: code there has the slots of that at 0.
+        core.physical_write(0x3008, &0x4007_u64.to_le_bytes());
+        core.mmu.flush();
+        // 0: mov ecx, 1000; 5: call rbx; xchg rbx, rbp; cmc; dec ecx; jnz 5; hlt. 40h: inc eax; ret
+        let code = [
+            0xb9, 0xe8, 3, 0, 0, 0xff, 0xd3, 0x48, 0x87, 0xdd, 0xf5, 0xff, 0xc9, 0x75, 0xf6, 0xf4,
+        ];
+        core.physical_write(RAM, &code);
+        core.physical_write(RAM + 0x40, &[0xff, 0xc0, 0xc3]);
+        let run = |core: &mut crate::core::Core| {
+            core.halted = false;
+            core.set_rip(0);
+            core.regs[gpr::RAX] = 0;
+            (core.regs[gpr::RBX], core.regs[gpr::RBP], core.regs[gpr::RSP]) = (0x40, 0x20_0040, 0x2f00);
+            finish(core);
+            assert_eq!((core.regs[gpr::RAX], core.rip()), (1000, 0x10));
+            core.translator.as_ref().unwrap().counts().leaves.unknown
+        };
+        let first = run(&mut core);
+        assert!(first < 10, "{first}");
+        // Another address space: the page is looked up anew, its blocks are not.
+        core.mmu.flush();
+        let second = run(&mut core);
+        assert!(second - first < 5, "{first} {second}");
+        // And mapped elsewhere, where the function adds two.
+        core.physical_write(0xc040, &[0x83, 0xc0, 2, 0xc3]);
+        core.physical_write(0x3008, &0xd007_u64.to_le_bytes());
+        core.physical_write(0xd000, &0xc007_u64.to_le_bytes());
+        core.mmu.flush();
+        core.halted = false;
+        core.set_rip(0);
+        core.regs[gpr::RAX] = 0;
+        (core.regs[gpr::RBX], core.regs[gpr::RBP], core.regs[gpr::RSP]) = (0x40, 0x20_0040, 0x2f00);
+        finish(&mut core);
+        assert_eq!(core.regs[gpr::RAX], 1500);
     }
 }
