@@ -22,9 +22,11 @@ pub struct Hole(pub usize);
 /// Conditions of jumps.
 pub mod condition {
     #![allow(missing_docs, reason = "the manual's own mnemonics")]
-    pub const E: u8 = 4;
+    pub const B: u8 = 2;
     pub const AE: u8 = 3;
+    pub const E: u8 = 4;
     pub const NE: u8 = 5;
+    pub const BE: u8 = 6;
     pub const A: u8 = 7;
 }
 
@@ -158,8 +160,13 @@ impl Assembler {
 
     /// `cmp byte gs:[offset], 0`.
     pub fn compare_byte_zero(&mut self, offset: usize) {
+        self.compare_byte(offset, 0);
+    }
+
+    /// `cmp byte gs:[offset], value`.
+    pub fn compare_byte(&mut self, offset: usize, value: u8) {
         self.absolute(&[], 0x40, &[0x80], 7, offset);
-        self.code.push(0);
+        self.code.push(value);
     }
 
     /// `jmp gs:[offset]` through the slot of a jump cache for the linear address that was named last.
@@ -232,6 +239,15 @@ impl Assembler {
             self.code.push(0x80 | modrm);
             self.dword(offset);
         }
+    }
+
+    /// The same without a displacement of one byte, which EVEX encodings multiply.
+    pub fn based_evex(&mut self, reg: u8, base: u8, offset: i32) {
+        if offset == 0 {
+            return self.based(reg, base, 0);
+        }
+        self.code.push(0x80 | (reg & 7) << 3 | base & 7);
+        self.dword(offset);
     }
 
     /// `mov reg, [r10 + offset]`.
@@ -501,6 +517,13 @@ impl Assembler {
         self.flags_to_ax();
         self.store_ax(frame::ARITHMETIC);
         self.copy(RAX, R11);
+    }
+
+    /// `call` of an address.
+    pub fn call(&mut self, address: u64) {
+        self.code.push(0xe8);
+        let hole = self.hole();
+        self.aim(hole, address);
     }
 
     /// Flags into AX as LAHF and SETO give them.

@@ -263,6 +263,9 @@ impl Checker {
             && core.segments == shadow.segments
             && core.msr.kernel_gs_base == shadow.msr.kernel_gs_base
             && core.vector.ymm == shadow.vector.ymm
+            && core.vector.zmm_high == shadow.vector.zmm_high
+            && core.vector.zmm == shadow.vector.zmm
+            && core.vector.opmask == shadow.vector.opmask
             && core.vector.mxcsr == shadow.vector.mxcsr
             && self.copies().differences().next().is_none()
     }

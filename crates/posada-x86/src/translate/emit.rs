@@ -7,6 +7,7 @@
 mod control;
 mod redirect;
 mod system;
+mod vectors;
 
 use super::assembler::{Assembler, Hole, R10, R11, condition};
 use super::frame::{self, Table};
@@ -16,6 +17,7 @@ use super::operation::{Kind, Memory, Operation, SCRATCH, System};
 use super::region::{End, Region};
 use super::relocation::{Holds, Shape};
 use super::stubs::{Leave, Stubs, Wanted};
+use super::vectors::live;
 use crate::shared::mailbox;
 
 const RAX: u8 = 0;
@@ -86,7 +88,7 @@ enum Cold {
     /// The exit of one that leads elsewhere.
     Far { hole: Hole, target: u64, live: bool },
     /// Vector registers are not there yet.
-    Vectors { hole: Hole, back: usize },
+    Vectors { hole: Hole, back: usize, level: u8 },
 }
 
 /// Turns regions into code.
@@ -123,7 +125,8 @@ pub struct Emitter {
     rip: u64,
     /// The flags are in the Core, not in the processor.
     saved: bool,
-    vectors: bool,
+    /// What of the vector registers is there for sure.
+    vectors: u8,
     exact: bool,
     /// Address of the next [`Helped`] of the block.
     helped: u64,
@@ -182,7 +185,7 @@ impl Emitter {
         self.mode = place.mode;
         (self.table, self.jumps) = (Some(frame::table(place.mode)), frame::jumps(place.mode));
         (self.start, self.rip, self.shift) = (place.rip, place.rip, place.shift);
-        (self.saved, self.vectors, self.exact) = (false, false, region.exact);
+        (self.saved, self.vectors, self.exact) = (false, live::NONE, region.exact);
         self.compare_rip(region.live[0] != 0);
         self.entry = self.assembler.here();
         let poll = self.poll_at(region);
@@ -197,8 +200,8 @@ impl Emitter {
             {
                 self.expect_page(&next, region.live[at] != 0);
             }
-            if operation.vector && !self.vectors {
-                self.want_vectors(region.live[at] != 0);
+            if operation.vectors > self.vectors {
+                self.want_vectors(region.live[at] != 0, &region.operations[at..]);
             }
             self.operation(&operation, region.live[at], region.live[at + 1]);
         }
@@ -328,16 +331,6 @@ impl Emitter {
             self.assembler.compare_with(R10, place);
             self.leave_if(condition::NE, Leave::Interpret);
         }
-    }
-
-    fn want_vectors(&mut self, live: bool) {
-        self.save(live);
-        let a = &mut self.assembler;
-        a.compare_byte_zero(frame::VECTORS_LIVE);
-        let hole = a.branch(condition::E);
-        let back = a.here();
-        self.cold.push(Cold::Vectors { hole, back });
-        self.vectors = true;
     }
 
     /// Leaves before this instruction if the condition holds.
@@ -595,7 +588,7 @@ impl Emitter {
         a.jump_to(self.stubs.help);
         a.land(back);
         self.helped += size_of::<Helped>() as u64;
-        (self.saved, self.vectors, self.held) = (after, false, None);
+        (self.saved, self.vectors, self.held) = (after, live::NONE, None);
         self.mark();
     }
 
@@ -739,11 +732,11 @@ impl Emitter {
                     self.publish(live);
                     self.jump_far(target, self.jumps);
                 }
-                Cold::Vectors { hole, back } => {
+                Cold::Vectors { hole, back, level } => {
                     a.land(hole);
                     let hole = a.address_r11();
                     a.fill(hole, back);
-                    a.jump_to(self.stubs.load_vectors);
+                    a.jump_to(self.stubs.load_vectors[usize::from(level) - 1]);
                 }
             }
         }

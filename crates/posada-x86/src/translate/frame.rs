@@ -42,7 +42,7 @@ pub struct Frame {
     pub flags_from: u32,
     /// The same of RFLAGS.
     pub flags_to: u32,
-    /// The guest's vector registers and MXCSR are in the processor, not in the Core.
+    /// What of the guest's vector registers is in the processor, not in the Core: one of [`super::vectors::live`].
     pub vectors_live: u8,
     /// MXCSR as Rust wants it.
     pub host_mxcsr: u32,
@@ -151,6 +151,9 @@ pub const ARITHMETIC: usize = offset_of!(Core, arithmetic);
 /// MXCSR.
 pub const MXCSR: usize = offset_of!(Core, vector) + offset_of!(VectorState, mxcsr);
 
+/// The upper halves of ZMM0-15 are in use.
+pub const ZMM_HIGH_USED: usize = offset_of!(Core, vector) + offset_of!(VectorState, zmm_high_used);
+
 /// A general register.
 pub const fn reg(number: u8) -> usize {
     offset_of!(Core, regs) + number as usize * 8
@@ -159,6 +162,21 @@ pub const fn reg(number: u8) -> usize {
 /// A vector register.
 pub const fn ymm(number: u8) -> usize {
     offset_of!(Core, vector) + offset_of!(VectorState, ymm) + number as usize * 32
+}
+
+/// The upper half of one of ZMM0-15.
+pub const fn zmm_high(number: u8) -> usize {
+    offset_of!(Core, vector) + offset_of!(VectorState, zmm_high) + number as usize * 32
+}
+
+/// One of ZMM16-31.
+pub const fn zmm(number: u8) -> usize {
+    offset_of!(Core, vector) + offset_of!(VectorState, zmm) + (number as usize - 16) * 64
+}
+
+/// An opmask register.
+pub const fn opmask(number: u8) -> usize {
+    offset_of!(Core, vector) + offset_of!(VectorState, opmask) + number as usize * 8
 }
 
 /// A segment's base.

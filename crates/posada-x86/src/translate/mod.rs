@@ -6,6 +6,7 @@
 //! - [`frame`] is what that code finds at `gs:`; [`stubs`] are the ways in and out; [`cache`] is its memory.
 //! - [`blocks`] finds, links and forgets blocks, [`jumps`] leads to them by RIP, [`relocation`] copies them; [`run`] runs them.
 //! - [`check`] compares each block with the interpreter, and stops with a [`report`] at the first difference.
+//! - [`vectors`] says how much of the vector registers is in the processor, and moves them.
 //! - [`trap`] handles what the host's processor raises; [`perf_map`] tells perf what runs.
 //!
 //! Guest registers are in the host registers of the same name, RSP and the flags included; only R10 and R11 belong to the
@@ -32,6 +33,7 @@ mod table;
 mod tests;
 mod trap;
 mod undefined;
+mod vectors;
 
 pub use perf_map::PerfMap;
 pub use run::{Ran, Translator};

@@ -2,6 +2,7 @@
 //! it names, where its memory operand is, and what it does to the arithmetic flags.
 
 use super::table::{Treatment, treatment};
+use super::vectors::live;
 use crate::native::needs;
 use iced_x86::{
     Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, InstructionInfoOptions, Mnemonic,
@@ -143,8 +144,8 @@ pub struct Operation {
     pub writes: u16,
     /// It only adds this constant to the register that it writes.
     pub adds: Option<(u8, i32)>,
-    /// It reads or writes vector registers or MXCSR.
-    pub vector: bool,
+    /// What it needs of the vector registers and MXCSR: one of [`live`].
+    pub vectors: u8,
     /// Arithmetic flags that it reads.
     pub reads: u8,
     /// Arithmetic flags that it always replaces.
@@ -166,7 +167,7 @@ impl Operation {
         scratch: 0,
         writes: u16::MAX,
         adds: None,
-        vector: false,
+        vectors: live::NONE,
         reads: flags::ALL,
         replaces: flags::NONE,
         changes: flags::ALL,
@@ -365,7 +366,19 @@ impl Reader {
             if blocked & needed != 0 {
                 return None;
             }
-            operation.vector = needed & (needs::SSE | needs::AVX) != 0;
+            operation.vectors = if needed & needs::AVX512 != 0 {
+                // Shorter ones make the upper halves zero.
+                let register = i.op0_register();
+                if register.is_zmm() && register.number() < 16 {
+                    live::ALL
+                } else {
+                    live::UPPER
+                }
+            } else if needed & (needs::SSE | needs::AVX) != 0 {
+                live::YMM
+            } else {
+                live::NONE
+            };
         }
         let operands = 0..i.op_count();
         let high = operands

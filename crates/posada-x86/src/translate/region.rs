@@ -219,6 +219,9 @@ impl Region {
                 return live | unknown;
             };
             live |= operation.reads & unknown;
+            if self.exact && (operation.traps || accesses(operation.kind)) {
+                return live | unknown;
+            }
             unknown &= !operation.replaces;
             if unknown == 0 {
                 return live;

@@ -50,12 +50,22 @@ pub(super) fn differences(core: &Core, shadow: &Core, flags: u16, copies: &Copie
         number(&format!("{name} base"), one.base, other.base);
         number(&format!("{name} selector"), one.selector.into(), other.selector.into());
     }
-    let vectors = core.vector.ymm.iter().zip(&shadow.vector.ymm);
-    for (at, (one, other)) in vectors.enumerate().filter(|(_, (one, other))| one != other) {
-        for (half, (one, other)) in one.chunks_exact(8).zip(other.chunks_exact(8)).enumerate() {
+    let mut register = |name: &str, one: &[u8], other: &[u8]| {
+        for (part, (one, other)) in one.chunks_exact(8).zip(other.chunks_exact(8)).enumerate() {
             let word = |bytes: &[u8]| u64::from_le_bytes(bytes.try_into().expect("eight"));
-            number(&format!("ymm{at} [{half}]"), word(one), word(other));
+            number(&format!("{name} [{part}]"), word(one), word(other));
         }
+    };
+    let (one, other) = (&core.vector, &shadow.vector);
+    for at in 0..16 {
+        register(&format!("ymm{at}"), &one.ymm[at], &other.ymm[at]);
+        register(&format!("upper zmm{at}"), &one.zmm_high[at], &other.zmm_high[at]);
+    }
+    for at in 0..16 {
+        register(&format!("zmm{}", at + 16), &one.zmm[at], &other.zmm[at]);
+    }
+    for at in 0..8 {
+        number(&format!("k{at}"), one.opmask[at], other.opmask[at]);
     }
     for (gpa, one, other) in copies.differences().take(BYTES) {
         let _ = writeln!(text, "  byte at {gpa:#x}: {one:02x}  {other:02x}");

@@ -6,6 +6,7 @@ use super::assembler::{Assembler, R10, R11, condition};
 use super::frame::{self, LOG, MODES};
 use super::help::help;
 use super::jumps;
+use super::vectors::{Host, Vectors, live};
 use crate::core::Core;
 
 const RAX: u8 = 0;
@@ -70,8 +71,8 @@ pub struct Stubs {
     pub miss: [u64; 3],
     /// Calls [`super::help::help`]: R10 names the instruction, R11 is where to go on; flags are in the Core.
     pub help: u64,
-    /// Loads vector registers; back to R11. Flags are lost.
-    pub load_vectors: u64,
+    /// Loads vector registers, by [`live`] less one; back to R11. Flags are lost.
+    pub load_vectors: [u64; 3],
 }
 
 /// What a check looks for.
@@ -95,7 +96,7 @@ fn guest_registers() -> impl Iterator<Item = u8> {
 
 struct Maker<'a> {
     a: &'a mut Assembler,
-    avx: bool,
+    vectors: &'a Vectors,
 }
 
 impl Maker<'_> {
@@ -119,47 +120,6 @@ impl Maker<'_> {
         for number in guest_registers() {
             self.a.load(number, frame::reg(number));
         }
-    }
-
-    fn vector(&mut self, store: bool, number: u8) {
-        let opcode = 0x10 | u8::from(store);
-        let modrm = (number & 7) << 3 | 4;
-        if self.avx {
-            let byte = if number < 8 { 0xfc } else { 0x7c };
-            self.a.bytes(&[0x65, 0xc5, byte, opcode, modrm, 0x25]);
-        } else {
-            self.a
-                .bytes(&[0x65, 0x40 | (number & 8) >> 1, 0x0f, opcode, modrm, 0x25]);
-        }
-        self.a.bytes(&(frame::ymm(number) as i32).to_le_bytes());
-    }
-
-    fn mxcsr(&mut self, store: bool, offset: usize) {
-        self.a.bytes(&[0x65, 0x0f, 0xae, if store { 0x1c } else { 0x14 }, 0x25]);
-        self.a.bytes(&(offset as i32).to_le_bytes());
-    }
-
-    /// Vector registers from the Core.
-    fn load_vectors(&mut self) {
-        for number in 0..16 {
-            self.vector(false, number);
-        }
-        self.mxcsr(false, frame::MXCSR);
-    }
-
-    /// If they are live, vector registers to the Core and the host's MXCSR back; flags are lost.
-    fn save_vectors(&mut self) {
-        self.a.compare_byte_zero(frame::VECTORS_LIVE);
-        let dead = self.a.branch(condition::E);
-        for number in 0..16 {
-            self.vector(true, number);
-        }
-        self.mxcsr(true, frame::MXCSR);
-        self.mxcsr(false, frame::HOST_MXCSR);
-        if self.avx {
-            self.a.bytes(&[0xc5, 0xf8, 0x77]);
-        }
-        self.a.land(dead);
     }
 
     fn enter(&mut self) {
@@ -197,7 +157,7 @@ impl Maker<'_> {
             self.a.store_ax(frame::ARITHMETIC);
         }
         self.a.load(RSP, frame::HOST_RSP);
-        self.save_vectors();
+        self.vectors.save(self.a);
         self.a.constant(RAX, reason as u64);
         self.back();
     }
@@ -249,7 +209,7 @@ impl Maker<'_> {
         self.a.store(frame::SITE, R11);
         self.a.store(frame::TARGET, R10);
         self.a.load(RSP, frame::HOST_RSP);
-        self.save_vectors();
+        self.vectors.save(self.a);
         self.a.load(RDI, frame::CORE);
         self.a.copy(RSI, R10);
         self.a.constant(RDX, wanted as u64);
@@ -257,10 +217,7 @@ impl Maker<'_> {
         // call rax; test al, al
         self.a.bytes(&[0xff, 0xd0, 0x84, 0xc0]);
         let refused = self.a.branch(condition::E);
-        self.a.compare_byte_zero(frame::VECTORS_LIVE);
-        let dead = self.a.branch(condition::E);
-        self.load_vectors();
-        self.a.land(dead);
+        self.vectors.reload(self.a);
         self.load_registers();
         self.a.load(R10, frame::TARGET);
         self.a.jump_through(frame::SITE);
@@ -273,7 +230,7 @@ impl Maker<'_> {
         self.save_registers();
         self.a.store(frame::SITE, R11);
         self.a.load(RSP, frame::HOST_RSP);
-        self.save_vectors();
+        self.vectors.save(self.a);
         self.a.store_byte(frame::VECTORS_LIVE, 0);
         self.a.load(RDI, frame::CORE);
         self.a.copy(RSI, R10);
@@ -294,10 +251,9 @@ impl Maker<'_> {
 
 /// Makes the stubs at the assembler's start.
 pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
-    let mut maker = Maker {
-        a,
-        avx: std::arch::is_x86_feature_detected!("avx"),
-    };
+    let vectors = Vectors::make(a, Host::detect());
+    let mut maker = Maker { a, vectors: &vectors };
+    maker.align();
     let mut stubs = Stubs {
         enter: maker.address(),
         ..Stubs::default()
@@ -326,11 +282,10 @@ pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
     maker.align();
     stubs.help = maker.address();
     maker.help();
-    maker.align();
-    stubs.load_vectors = maker.address();
-    maker.load_vectors();
-    maker.a.store_byte(frame::VECTORS_LIVE, 1);
-    // jmp r11
-    maker.a.bytes(&[0x41, 0xff, 0xe3]);
+    for level in [live::YMM, live::UPPER, live::ALL] {
+        maker.align();
+        stubs.load_vectors[usize::from(level) - 1] = maker.address();
+        maker.vectors.load(maker.a, level);
+    }
     stubs
 }

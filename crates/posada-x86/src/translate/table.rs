@@ -23,6 +23,21 @@ pub enum Treatment {
     Nothing,
 }
 
+/// What needs the registers of AVX-512.
+const AVX512: [CpuidFeature; 11] = [
+    CpuidFeature::AVX512F,
+    CpuidFeature::AVX512CD,
+    CpuidFeature::AVX512BW,
+    CpuidFeature::AVX512DQ,
+    CpuidFeature::AVX512VL,
+    CpuidFeature::AVX512_IFMA,
+    CpuidFeature::AVX512_VBMI,
+    CpuidFeature::AVX512_VBMI2,
+    CpuidFeature::AVX512_VNNI,
+    CpuidFeature::AVX512_BITALG,
+    CpuidFeature::AVX512_VPOPCNTDQ,
+];
+
 /// The treatment of a form.
 pub fn treatment(code: Code) -> Treatment {
     static TABLE: OnceLock<Vec<Treatment>> = OnceLock::new();
@@ -59,7 +74,7 @@ fn classify(code: Code) -> Treatment {
     }
     let vex = match code.encoding() {
         EncodingKind::Legacy => false,
-        EncodingKind::VEX => true,
+        EncodingKind::VEX | EncodingKind::EVEX => true,
         _ => return Treatment::Interpret,
     };
     match mnemonic {
@@ -83,7 +98,13 @@ fn classify(code: Code) -> Treatment {
         _ => {}
     }
     if vector(code) {
-        let needed = if vex { needs::AVX } else { needs::SSE };
+        // VEX encodings too have to do with opmasks.
+        let avx512 = code.cpuid_features().iter().any(|feature| AVX512.contains(feature));
+        let needed = match vex {
+            _ if avx512 => needs::AVX512,
+            true => needs::AVX,
+            false => needs::SSE,
+        };
         return Treatment::Vector(needed);
     }
     Treatment::Interpret
@@ -194,6 +215,10 @@ fn vector(code: Code) -> bool {
         F::AES,
         F::PCLMULQDQ,
         F::SHA,
+        F::GFNI,
+        F::VAES,
+        F::VPCLMULQDQ,
     ];
-    !odd && features.iter().all(|feature| unit.contains(feature))
+    let known = |feature: &CpuidFeature| unit.contains(feature) || AVX512.contains(feature);
+    !odd && features.iter().all(known)
 }

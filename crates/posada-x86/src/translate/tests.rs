@@ -37,6 +37,10 @@ impl Random {
     }
 }
 
+fn avx512() -> bool {
+    std::arch::is_x86_feature_detected!("avx512vl")
+}
+
 pub(super) fn machine() -> Box<Core> {
     let mut core = core();
     let entries = [(2, 0xa007_u64), (4, 0xb005)];
@@ -45,7 +49,7 @@ pub(super) fn machine() -> Box<Core> {
     }
     // OSFXSR, OSXMMEXCPT, OSXSAVE.
     core.cr[4] |= 0x4_0600;
-    core.vector.xcr0 = 7;
+    core.vector.xcr0 = if avx512() { 0xe7 } else { 7 };
     core.idtr.limit = 0;
     core.mmu.flush();
     core.update_mode();
@@ -81,8 +85,80 @@ fn modrm(random: &mut Random, out: &mut Vec<u8>, rex: &mut u8, reg: u8, memory: 
     out.push(displacement);
 }
 
+/// One instruction that has to do with AVX-512, or makes upper halves zero.
+fn wide_instruction(random: &mut Random) -> Vec<u8> {
+    const MOVE: u8 = 1;
+    const TO_OPMASK: u8 = 2;
+    const REGISTER: u8 = 4;
+    // Map, prefix, opcode, immediate, kind.
+    const FORMS: [(u8, u8, u8, bool, u8); 16] = [
+        (1, 0, 0x58, false, 0),               // VADDPS
+        (1, 1, 0xfe, false, 0),               // VPADDD
+        (1, 1, 0xef, false, 0),               // VPXORD
+        (3, 1, 0x25, true, 0),                // VPTERNLOGD
+        (1, 1, 0xda, false, 0),               // VPMINUB
+        (2, 1, 0x36, false, 0),               // VPERMD
+        (1, 0, 0x28, false, MOVE),            // VMOVAPS
+        (1, 2, 0x6f, false, MOVE),            // VMOVDQU32
+        (1, 2, 0x7f, false, MOVE),            // VMOVDQU32, a store
+        (1, 3, 0x7f, false, MOVE),            // VMOVDQU8, a store
+        (2, 1, 0x8b, false, MOVE),            // VPCOMPRESSD
+        (2, 1, 0x89, false, MOVE),            // VPEXPANDD
+        (2, 1, 0x7a, false, MOVE | REGISTER), // VPBROADCASTB of a general register
+        (1, 1, 0x74, false, TO_OPMASK),       // VPCMPEQB
+        (3, 1, 0x3e, true, TO_OPMASK),        // VPCMPUB
+        (2, 2, 0x26, false, TO_OPMASK),       // VPTESTNMB
+    ];
+    if random.chance(35) {
+        let number = random.below(8) as u8;
+        return match random.below(7) {
+            0 => vec![0xc5, 0xfb, 0x93, 0xc0 | number],                  // KMOVD EAX, K
+            1 => vec![0xc5, 0xfb, 0x92, 0xc1 | number << 3],             // KMOVD K, ECX
+            2 => vec![0xc4, 0xe1, 0xf8, 0x98, 0xc1 | number << 3],       // KORTESTQ
+            3 => vec![0xc4, 0xe1, 0xf8, 0x91, 0x43 | number << 3, 0x10], // KMOVQ [RBX + 16], K
+            4 => vec![0xc5, 0xf8, 0x77],                                 // VZEROUPPER
+            5 => vec![0xc5, 0xe5, 0xfe, 0xc0 | number << 3],             // VPADDD YMM
+            _ => vec![0x0f, 0x58, 0xc1 | number << 3],                   // ADDPS
+        };
+    }
+    let (map, prefix, opcode, immediate, kind) = random.pick(&FORMS);
+    let (reg, other, rm) = (random.below(32) as u8, random.below(32) as u8, random.below(32) as u8);
+    let memory = kind & REGISTER == 0 && random.chance(55);
+    let reg = if kind & TO_OPMASK != 0 { reg & 7 } else { reg };
+    let other = if kind & MOVE != 0 { 0 } else { other };
+    let base = random.pick(&[3_u8, 6, 7, 9, 10, 11, 14]);
+    let rm = match (memory, kind & REGISTER != 0) {
+        (true, _) => base,
+        (_, true) => random.pick(&[0, 1, 10, 11]),
+        _ => rm,
+    };
+    let bit = |number: u8, bit: u8, to: u8| (!number >> bit & 1) << to;
+    let length = random.pick(&[0_u8, 1, 1, 2, 2]);
+    let opmask = if random.chance(60) { random.below(8) as u8 } else { 0 };
+    let mut code = vec![
+        0x62,
+        bit(reg, 3, 7) | bit(rm, 4, 6) | bit(rm, 3, 5) | bit(reg, 4, 4) | map,
+        (!other & 15) << 3 | 4 | prefix,
+        length << 5 | bit(other, 4, 3) | opmask,
+        opcode,
+    ];
+    let modrm = (reg & 7) << 3 | rm & 7;
+    if !memory {
+        code.push(0xc0 | modrm);
+    } else if random.chance(50) {
+        code.push(modrm);
+    } else {
+        code.extend([0x40 | modrm, random.pick(&[0, 1, 2, 3, 0xff])]);
+    }
+    code.extend(immediate.then(|| random.below(256) as u8));
+    code
+}
+
 /// One instruction.
 fn instruction(random: &mut Random) -> Vec<u8> {
+    if avx512() && random.chance(12) {
+        return wide_instruction(random);
+    }
     let reg = random.below(16) as u8;
     let memory = random.chance(55);
     let wide = random.chance(50);
@@ -213,7 +289,8 @@ fn block(random: &mut Random) -> Vec<u8> {
     code
 }
 
-fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
+/// Sets all that code can see; gives the address where it begins.
+fn prepare(core: &mut Core, seed: u64, code: &[u8]) -> u64 {
     let mut random = Random(Operands::new());
     random.0.reseed(seed);
     let mut bytes = [0; 0x4000];
@@ -245,6 +322,16 @@ fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
     for register in &mut core.vector.ymm {
         register.iter_mut().for_each(|byte| *byte = random.0.bits() as u8);
     }
+    if avx512() {
+        let byte = |byte: &mut u8| *byte = random.0.bits() as u8;
+        core.vector.zmm.as_flattened_mut().iter_mut().for_each(byte);
+        core.vector.opmask = std::array::from_fn(|_| random.0.number());
+        core.vector.zmm_high = [[0; 32]; 16];
+        core.vector.zmm_high_used = random.chance(30);
+        if core.vector.zmm_high_used {
+            core.vector.zmm_high[random.below(16) as usize][random.below(32) as usize] = 1;
+        }
+    }
     core.vector.mxcsr = random.pick(&[0x1f80, 0x1f80, 0x1f80, 0x7fa0, 0x1f00]);
     core.set_rflags(u64::from(random.0.flags() >> 8) & flag::ARITHMETIC | 2);
     (core.halted, core.shut_down, core.interrupt_shadow) = (false, false, false);
@@ -252,6 +339,7 @@ fn prepare(core: &mut Core, seed: u64, code: &[u8]) {
     core.mmu.flush();
     core.set_rip(start);
     core.update_mode();
+    start
 }
 
 /// A machine whose translated code is compared with the interpreter, block by block.
@@ -299,9 +387,19 @@ fn compare(seeds: std::ops::Range<u64>, exact: bool) {
         let mut random = Random(Operands::new());
         random.0.reseed(seed ^ 0x5555_0000);
         let code = block(&mut random);
+        // Flags that a call takes into another page are dead, as compilers have it.
+        let call = code.windows(5).any(|bytes| bytes == [0xe8, 0, 0, 0, 0]);
+        if prepare(&mut one, seed, &code) != 0 && call && !exact {
+            continue;
+        }
+        prepare(&mut other, seed, &code);
         for core in [&mut one, &mut other] {
-            prepare(core, seed, &code);
             finish(core);
+        }
+        let rip = other.rip() as i64;
+        if !exact && rip << 16 >> 16 != rip {
+            // A branch there faults at its target.
+            continue;
         }
         ends[usize::from(one.shut_down)] += 1;
         let state = |core: &mut Core| {
@@ -318,7 +416,12 @@ fn compare(seeds: std::ops::Range<u64>, exact: bool) {
                 core.cr[2],
                 core.vector.mxcsr,
                 bases,
-                core.vector.ymm,
+                (
+                    core.vector.ymm,
+                    core.vector.zmm_high,
+                    core.vector.zmm,
+                    core.vector.opmask,
+                ),
                 memory,
             )
         };
@@ -328,6 +431,10 @@ fn compare(seeds: std::ops::Range<u64>, exact: bool) {
         assert_eq!(a.0, b.0, "registers, {text}");
         assert_eq!((a.1, a.2, a.3, a.4, a.5), (b.1, b.2, b.3, b.4, b.5), "state, {text}");
         assert_eq!(a.6, b.6, "vectors, {text}");
+        for core in [&one, &other] {
+            let zero = core.vector.zmm_high == [[0; 32]; 16];
+            assert!(zero || core.vector.zmm_high_used, "upper halves, {text}");
+        }
         assert!(a.7 == b.7, "memory, {text}");
     }
     assert!(ends[0] > 100 && ends[1] > 100, "both ends are reached: {ends:?}");
@@ -343,10 +450,12 @@ fn exact_blocks_keep_the_flags_through_faults() {
     compare(100_000..106_000, true);
 }
 
+/// With exact flags: among so many blocks there are some that store other code behind themselves, which reads flags that
+/// their own code would not have read.
 #[test]
 #[ignore = "long"]
 fn many_random_blocks_do_what_the_interpreter_does() {
-    compare(1 << 32..(1 << 32) + 600_000, false);
+    compare(1 << 32..(1 << 32) + 600_000, true);
 }
 
 #[test]

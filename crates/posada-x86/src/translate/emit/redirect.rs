@@ -14,7 +14,19 @@ pub(super) fn redirect(a: &mut Assembler, operation: &Operation, base: u8, offse
         }
         at += 1;
     }
+    let evex = bytes[at] == 0x62;
     match bytes[at] {
+        // EVEX: as VEX.
+        0x62 => {
+            a.bytes(&[
+                0x62,
+                bytes[at + 1] & !0x20 | 0x40,
+                bytes[at + 2],
+                bytes[at + 3],
+                bytes[at + 4],
+            ]);
+            at += 5;
+        }
         // VEX: B and X are inverted.
         0xc4 => {
             a.bytes(&[0xc4, bytes[at + 1] & !0x20 | 0x40, bytes[at + 2], bytes[at + 3]]);
@@ -42,7 +54,11 @@ pub(super) fn redirect(a: &mut Assembler, operation: &Operation, base: u8, offse
         }
     }
     let modrm = bytes[at];
-    a.based(modrm >> 3 & 7, base, offset);
+    if evex {
+        a.based_evex(modrm >> 3 & 7, base, offset);
+    } else {
+        a.based(modrm >> 3 & 7, base, offset);
+    }
     at += 1;
     let mut low = modrm & 7;
     if low == 4 {
