@@ -7,7 +7,7 @@ help:
 	@echo "make test    format, lints, documentation, unit tests, bare programs, Debian end to end, KVM in a test host"
 	@echo "make bench   guest benchmarks: native, posada, QEMU TCG, and KVM in a test host; writes bench/results.md"
 	@echo "make soak    the long run of the differential instruction test (SECONDS=600)"
-	@echo "make fuzz    fuzz kernel images, guest code and snapshots (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
+	@echo "make fuzz    fuzz kernel images, guest code, snapshots and vsock packets (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build target/release/posada"
 	@echo "make bare    build the bare test programs into target/bare"
 	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
@@ -83,6 +83,7 @@ fuzz:
 	$(CARGO) +nightly fuzz run kernel -- -max_total_time=$(SECONDS) -max_len=65536
 	$(CARGO) +nightly fuzz run code -- -max_total_time=$(SECONDS)
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
+	$(CARGO) +nightly fuzz run vsock -- -max_total_time=$(SECONDS)
 
 .DEFAULT_GOAL := help
 .PHONY: help build bare image fmt demo lint unit e2e e2e-translate e2e-check nested nested-all heavy test bench soak fuzz
