@@ -48,21 +48,34 @@ impl Emitter {
                 self.exit(hole, target, live);
             }
             Kind::CallRegister(register) => {
-                let from = self.value(register);
-                self.assembler.copy(R10, from);
-                self.canonical(live);
-                self.assembler.store(frame::TEMPORARY, R10);
-                self.held = None;
+                if self.exact {
+                    let from = self.value(register);
+                    self.assembler.copy(R10, from);
+                    self.canonical(live);
+                    self.held = None;
+                }
                 let offset = self.stack_address(operation.kind);
+                if register == RSP {
+                    self.assembler.store(frame::TEMPORARY, RSP);
+                }
                 self.push_next(offset, next);
-                self.jump_temporary(live);
+                self.settle(live);
+                if register == RSP {
+                    self.assembler.load(R10, frame::TEMPORARY);
+                } else {
+                    let from = self.value(register);
+                    self.assembler.copy(R10, from);
+                }
+                self.jump_r10(live);
             }
             Kind::CallMemory(memory) => {
                 self.load_operand(&memory);
                 self.canonical(live);
                 let offset = self.stack_address(operation.kind);
                 self.push_next(offset, next);
-                self.jump_temporary(live);
+                self.settle(live);
+                self.assembler.load(R10, frame::TEMPORARY);
+                self.jump_r10(live);
             }
             Kind::JumpRegister(register) => {
                 let from = self.value(register);
@@ -108,12 +121,6 @@ impl Emitter {
             }
         }
         self.assembler.add(RSP, RSP, -8);
-    }
-
-    pub(super) fn jump_temporary(&mut self, live: bool) {
-        self.settle(live);
-        self.assembler.load(R10, frame::TEMPORARY);
-        self.jump_r10(live);
     }
 
     /// A branch to R10 faults at the branch itself if the address is not canonical. Otherwise the fault comes at the target.
