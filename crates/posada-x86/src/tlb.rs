@@ -33,6 +33,15 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// For no table's slot: an access to the tag's page, which no canonical address is in, leads to what is none on the host
+    /// either, and raises an exception there.
+    const NOWHERE: Self = Self {
+        read: 1 << 63,
+        write: 1 << 63,
+        host: (1_u64 << 63) as *mut u8,
+        gpa: 0,
+    };
+
     fn empty(index: usize) -> Self {
         let never = ((index % ENTRIES) as u64 ^ 1) << 12;
         Self {
@@ -57,6 +66,8 @@ pub struct Generation {
 pub struct Mmu {
     /// All tables, one after another, in place: translated code finds them at a fixed distance from the Core's start.
     pub(crate) entries: [Entry; TABLES * ENTRIES],
+    /// For each data table that translated code uses, a copy of the entry for the page that the stack was last found in.
+    pub(crate) stacks: [Entry; 3],
     filled: Filled,
     /// Which 2 MiB regions may have slots that are part of a large page, and which 1 GiB regions of a huge one: hashed bit
     /// sets, so that forgetting a small page need not look at every slot. For the lower half of the addresses what is not
@@ -122,6 +133,7 @@ impl Mmu {
             let entries = (&raw mut (*at).entries).cast::<Entry>();
             (0..TABLES * ENTRIES).for_each(|slot| entries.add(slot).write(Entry::empty(slot)));
             write_fields!(Self at at, with entries; {
+                stacks: [Entry::NOWHERE; 3],
                 filled: Filled::new(TABLES * ENTRIES),
                 large: [[0; LARGE_WORDS]; 3],
                 huge: [0; 3],
@@ -155,6 +167,9 @@ impl Mmu {
             self.others.settle_stores();
             self.others.look(entry.gpa);
         }
+        if self.stacks.iter().any(|stack| stack.read == entry.read) {
+            self.stacks = [Entry::NOWHERE; 3];
+        }
         self.filled.add(slot, mapping.global);
         if matches!(first / ENTRIES, FETCH_USER | FETCH_SUPERVISOR) {
             let (word, bit) = Self::fetched_bit(linear);
@@ -171,6 +186,7 @@ impl Mmu {
 
     /// Lets all data slots of a page, by its guest physical address, lead to another host page.
     pub(crate) fn redirect(&mut self, gpa: u64, host: *mut u8) {
+        self.stacks = [Entry::NOWHERE; 3];
         for slot in self.filled.iter() {
             let data = !matches!(slot / ENTRIES, FETCH_USER | FETCH_SUPERVISOR);
             let entry = &mut self.entries[slot];
@@ -182,6 +198,7 @@ impl Mmu {
 
     /// The slot of the current mode for this address is for reads only.
     pub(crate) fn for_reads_only(&mut self, linear: u64) {
+        self.stacks = [Entry::NOWHERE; 3];
         let slot = Self::slot(self.active, linear);
         self.entries[slot].write = Entry::empty(slot).write;
     }
@@ -220,6 +237,7 @@ impl Mmu {
 
     /// Forgets everything.
     pub fn flush(&mut self) {
+        self.stacks = [Entry::NOWHERE; 3];
         let (entries, others) = (&mut self.entries, &self.others);
         others.settle_stores();
         self.filled.drain(|slot| others.empty(&mut entries[slot], slot));
@@ -236,6 +254,7 @@ impl Mmu {
 
     /// Forgets all but global pages.
     pub fn flush_non_global(&mut self) {
+        self.stacks = [Entry::NOWHERE; 3];
         let (entries, others) = (&mut self.entries, &self.others);
         others.settle_stores();
         self.filled.drain_context(|slot| {
@@ -255,6 +274,7 @@ impl Mmu {
 
     /// Forgets one page, whatever its size.
     pub fn flush_page(&mut self, linear: u64) {
+        self.stacks = [Entry::NOWHERE; 3];
         self.others.settle_stores();
         if !self.may_be_large(linear) {
             let (word, bit) = Self::fetched_bit(linear);
@@ -279,6 +299,7 @@ impl Mmu {
 
     /// Sends stores to the page at guest physical address `gpa` through the slow path: it holds code now.
     pub fn forbid_writes(&mut self, gpa: u64) {
+        self.stacks = [Entry::NOWHERE; 3];
         for slot in self.filled.iter() {
             let entry = &mut self.entries[slot];
             if (entry.gpa ^ gpa) >> 12 == 0 {
@@ -290,6 +311,7 @@ impl Mmu {
     /// Does the same for every page that others have found code in by now, and invalidates the code of those that could be
     /// stored to.
     pub fn forbid_writes_to_code(&mut self) {
+        self.stacks = [Entry::NOWHERE; 3];
         self.others.settle_stores();
         for slot in self.filled.iter() {
             let never = Entry::empty(slot).write;

@@ -351,6 +351,45 @@ impl Assembler {
         self.indexed(0x03, offset);
     }
 
+    /// `xor r10, gs:[offset]`.
+    pub fn xor_stack(&mut self, offset: usize) {
+        self.absolute(&[], 0x48, &[0x33], R10, offset);
+    }
+
+    /// `add r10, gs:[offset]`.
+    pub fn add_stack(&mut self, offset: usize) {
+        self.absolute(&[], 0x48, &[0x03], R10, offset);
+    }
+
+    /// `rorx rax, r10, 7`, or what does the same; `and eax, mask`.
+    pub fn page_index_rax(&mut self, mask: u32) {
+        if self.bmi2 {
+            self.bytes(&[0xc4, 0xc3, 0xfb, 0xf0, 0xc2, 7]);
+        } else {
+            self.copy(RAX, R10);
+            self.bytes(&[0x48, 0xc1, 0xe8, 7]);
+        }
+        self.code.push(0x25);
+        self.dword(mask as i32);
+    }
+
+    /// `xor r10, gs:[rax + offset]`.
+    pub fn xor_by_rax(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0x4c, 0x33, 0x90]);
+        self.dword(offset as i32);
+    }
+
+    /// `mov r11, gs:[rax + offset]`.
+    pub fn load_by_rax(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0x4c, 0x8b, 0x98]);
+        self.dword(offset as i32);
+    }
+
+    /// `jmp r11`.
+    pub fn jump_r11(&mut self) {
+        self.bytes(&[0x41, 0xff, 0xe3]);
+    }
+
     /// `cmp r10, gs:[r11 + offset]`.
     pub fn compare_indexed(&mut self, offset: usize) {
         self.indexed(0x3b, offset);

@@ -10,7 +10,7 @@ mod system;
 mod vectors;
 
 use super::assembler::{Assembler, Hole, R10, R11, condition};
-use super::frame::{self, Table};
+use super::frame;
 use super::groups::{self, Group, Groups, Member};
 use super::help::Helped;
 use super::operation::{Kind, Memory, Operation, SCRATCH, System};
@@ -58,20 +58,26 @@ pub struct Check {
     pub plain: u16,
 }
 
+/// A comparison with a tag.
+#[derive(Clone, Copy)]
+struct Tag {
+    /// The branch that is taken if it fails.
+    hole: Hole,
+    /// Offset of its begin.
+    retry: usize,
+    /// Where the tag is.
+    place: usize,
+    /// It is that of the stack's entry; otherwise R11 is to be added.
+    stack: bool,
+}
+
 /// Code that runs seldom, put behind the block.
 enum Cold {
     /// A check failed; where to try again, and the tag.
-    Miss {
-        hole: Hole,
-        retry: usize,
-        tag: usize,
-        wanted: Wanted,
-    },
+    Miss { tag: Tag, wanted: Wanted },
     /// One for several accesses failed.
     MissGroup {
-        hole: Hole,
-        retry: usize,
-        tag: usize,
+        tag: Tag,
         wanted: Wanted,
         rip: u64,
         saved: bool,
@@ -116,7 +122,6 @@ pub struct Emitter {
     plain: bool,
     stubs: Stubs,
     mode: usize,
-    table: Option<Table>,
     jumps: usize,
     jump_mask: u32,
     /// RIP of the block, and log2 of the size of the page it lies in.
@@ -183,7 +188,7 @@ impl Emitter {
             self.groups.find(&region.operations);
         }
         self.mode = place.mode;
-        (self.table, self.jumps) = (Some(frame::table(place.mode)), frame::jumps(place.mode));
+        self.jumps = frame::jumps(place.mode);
         (self.start, self.rip, self.shift) = (place.rip, place.rip, place.shift);
         (self.saved, self.vectors, self.exact) = (false, live::NONE, region.exact);
         self.compare_rip(region.live[0] != 0);
@@ -373,31 +378,61 @@ impl Emitter {
     }
 
     /// From the linear address in R10 to the host's, if the soft TLB knows it. The flags are lost.
-    fn check(&mut self, size: u8, write: bool) {
+    fn check(&mut self, size: u8, write: bool, stack: bool) {
         let wanted = if write { Wanted::Write } else { Wanted::Read };
-        let (hole, retry, tag) = self.compare_tag(size.into(), write);
-        self.cold.push(Cold::Miss {
-            hole,
-            retry,
-            tag,
-            wanted,
-        });
+        let tag = self.compare_tag(size.into(), write, stack);
+        self.cold.push(Cold::Miss { tag, wanted });
     }
 
-    /// The comparison of a check, its place and the tag; and R10 for the case that it succeeds.
-    fn compare_tag(&mut self, length: i32, write: bool) -> (Hole, usize, usize) {
+    /// The comparison of a check; and R10 for the case that it succeeds.
+    fn compare_tag(&mut self, length: i32, write: bool, stack: bool) -> Tag {
         self.held = None;
-        let table = self.table.expect("set by emit");
-        let tag = if write { table.write } else { table.read };
+        let table = if stack {
+            frame::stack(self.mode)
+        } else {
+            frame::table(self.mode)
+        };
+        let place = if write { table.write } else { table.read };
         let a = &mut self.assembler;
         let retry = a.here();
-        a.page_bits();
-        a.mask_r11(frame::INDEX_MASK);
-        a.xor_tag(tag);
+        if stack {
+            a.xor_stack(place);
+        } else {
+            a.page_bits();
+            a.mask_r11(frame::INDEX_MASK);
+            a.xor_tag(place);
+        }
         a.compare_r10(4096 - length);
         let hole = a.branch(condition::A);
-        a.add_host(table.host);
-        (hole, retry, tag)
+        if stack {
+            a.add_stack(table.host);
+        } else {
+            a.add_host(table.host);
+        }
+        Tag {
+            hole,
+            retry,
+            place,
+            stack,
+        }
+    }
+
+    /// What a check does that failed, up to the stub that looks further.
+    fn miss(&mut self, tag: Tag, wanted: Wanted) {
+        let a = &mut self.assembler;
+        if tag.stack {
+            a.xor_stack(tag.place);
+        } else {
+            a.xor_tag(tag.place);
+        }
+        let back = a.address_r11();
+        a.fill(back, tag.retry);
+        let stub = if tag.stack {
+            self.stubs.stack[self.mode][wanted as usize]
+        } else {
+            self.stubs.miss[wanted as usize]
+        };
+        a.jump_to(stub);
     }
 
     /// Makes R10 the host address of a group's range; where in it the access is.
@@ -414,11 +449,9 @@ impl Emitter {
                 (true, false) => Wanted::Writable,
             };
             self.address(&memory);
-            let (hole, retry, tag) = self.compare_tag(length, memory.write);
+            let tag = self.compare_tag(length, memory.write, memory.is_stack());
             self.assembler.store(frame::range(member.group), R10);
             self.cold.push(Cold::MissGroup {
-                hole,
-                retry,
                 tag,
                 wanted,
                 rip: self.rip,
@@ -438,14 +471,14 @@ impl Emitter {
         }
         let memory = groups::stack_memory(kind).expect("it uses the stack");
         self.address(&memory);
-        self.check(memory.size, memory.write);
+        self.check(memory.size, memory.write, memory.is_stack());
         0
     }
 
     /// Host address of an operand into R10.
     fn access(&mut self, memory: &Memory) {
         self.address(memory);
-        self.check(memory.size, memory.write);
+        self.check(memory.size, memory.write, memory.is_stack());
         self.locked(memory);
     }
 
@@ -521,7 +554,7 @@ impl Emitter {
             Kind::BitString(register, memory) => {
                 self.address(&memory);
                 self.bit_string(register, true);
-                self.check(memory.size, memory.write);
+                self.check(memory.size, memory.write, false);
                 self.locked(&memory);
                 // The instruction will add it again.
                 self.bit_string(register, false);
@@ -676,37 +709,24 @@ impl Emitter {
         for code in cold.drain(..) {
             let a = &mut self.assembler;
             match code {
-                Cold::Miss {
-                    hole,
-                    retry,
-                    tag,
-                    wanted,
-                } => {
-                    a.land(hole);
-                    a.xor_tag(tag);
-                    let back = a.address_r11();
-                    a.fill(back, retry);
-                    a.jump_to(self.stubs.miss[wanted as usize]);
+                Cold::Miss { tag, wanted } => {
+                    a.land(tag.hole);
+                    self.miss(tag, wanted);
                 }
                 Cold::MissGroup {
-                    hole,
-                    retry,
                     tag,
                     wanted,
                     rip,
                     saved,
                 } => {
-                    a.land(hole);
+                    a.land(tag.hole);
                     let site = a.jump();
                     a.land(site);
-                    a.xor_tag(tag);
-                    let back = a.address_r11();
-                    a.fill(back, retry);
-                    a.jump_to(self.stubs.miss[wanted as usize]);
+                    self.miss(tag, wanted);
                     self.checks.push(Check {
-                        start: retry as u16,
+                        start: tag.retry as u16,
                         site: site.0 as u16,
-                        plain: a.here() as u16,
+                        plain: self.assembler.here() as u16,
                     });
                     if saved {
                         self.load_flags();

@@ -32,6 +32,8 @@ pub struct Frame {
     pub site: u64,
     /// Holds what does not survive a check.
     pub temporary: u64,
+    /// Holds RAX while a check looks further.
+    pub spilled: u64,
     /// Host addresses of ranges that were checked once for several accesses.
     pub ranges: [u64; GROUPS],
     /// The mailbox' event word.
@@ -112,6 +114,8 @@ places! {
     SITE = site;
     /// [`Frame::temporary`].
     TEMPORARY = temporary;
+    /// [`Frame::spilled`].
+    SPILLED = spilled;
     /// [`Frame::events`].
     EVENTS = events;
     /// [`Frame::logged`].
@@ -260,6 +264,16 @@ pub const fn table(mode: usize) -> Table {
         read: first + offset_of!(Entry, read),
         write: first + offset_of!(Entry, write),
         host: first + offset_of!(Entry, host),
+    }
+}
+
+/// Where a mode's copy of an entry for the stack is.
+pub const fn stack(mode: usize) -> Table {
+    let entry = offset_of!(Core, mmu) + offset_of!(Mmu, stacks) + mode * size_of::<Entry>();
+    Table {
+        read: entry + offset_of!(Entry, read),
+        write: entry + offset_of!(Entry, write),
+        host: entry + offset_of!(Entry, host),
     }
 }
 

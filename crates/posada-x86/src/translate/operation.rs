@@ -48,6 +48,13 @@ pub struct Memory {
     pub locked: bool,
 }
 
+impl Memory {
+    /// True if it is at a constant distance from RSP.
+    pub fn is_stack(&self) -> bool {
+        self.base == Some(4) && self.index.is_none() && self.segment.is_none() && !self.narrow
+    }
+}
+
 /// How an instruction is translated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {

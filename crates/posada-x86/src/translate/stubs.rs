@@ -69,6 +69,8 @@ pub struct Stubs {
     pub trap: u64,
     /// A check failed, by [`Wanted`]: R10 is the linear address, R11 where to try again, with R10 as it was.
     pub miss: [u64; 3],
+    /// The same for a check of the stack, by mode and [`Wanted`]: looks in the soft TLB first.
+    pub stack: [[u64; 3]; MODES],
     /// Calls [`super::help::help`]: R10 names the instruction, R11 is where to go on; flags are in the Core.
     pub help: u64,
     /// Loads vector registers, by [`live`] less one; back to R11. Flags are lost.
@@ -226,6 +228,47 @@ impl Maker<'_> {
         self.back();
     }
 
+    /// A check did not find the page in the copy of the stack's entry: copies another, if there is one.
+    fn stack(&mut self, mode: usize, wanted: Wanted, miss: u64) {
+        let (table, stack) = (frame::table(mode), frame::stack(mode));
+        let tag = |table: frame::Table| {
+            if wanted == Wanted::Read {
+                table.read
+            } else {
+                table.write
+            }
+        };
+        let a = &mut *self.a;
+        a.store(frame::SPILLED, RAX);
+        a.store(frame::SITE, R11);
+        a.page_index_rax(frame::INDEX_MASK);
+        a.xor_by_rax(tag(table));
+        a.compare_r10(4096);
+        let absent = a.branch(condition::AE);
+        a.xor_by_rax(tag(table));
+        a.load_by_rax(tag(table));
+        // The access crosses the page's end.
+        a.compare_with(R11, tag(stack));
+        let crosses = a.branch(condition::E);
+        for (from, to) in [
+            (table.read, stack.read),
+            (table.write, stack.write),
+            (table.host, stack.host),
+        ] {
+            a.load_by_rax(from);
+            a.store(to, R11);
+        }
+        a.load(RAX, frame::SPILLED);
+        a.load(R11, frame::SITE);
+        a.jump_r11();
+        a.land(absent);
+        a.xor_by_rax(tag(table));
+        a.land(crosses);
+        a.load(RAX, frame::SPILLED);
+        a.load(R11, frame::SITE);
+        a.jump_to(miss);
+    }
+
     fn help(&mut self) {
         self.save_registers();
         self.a.store(frame::SITE, R11);
@@ -278,6 +321,13 @@ pub fn make(a: &mut Assembler, miss: Miss) -> Stubs {
         maker.align();
         stubs.miss[wanted as usize] = maker.address();
         maker.miss(wanted, miss as *const () as u64);
+    }
+    for mode in 0..MODES {
+        for wanted in [Wanted::Read, Wanted::Write, Wanted::Writable] {
+            maker.align();
+            stubs.stack[mode][wanted as usize] = maker.address();
+            maker.stack(mode, wanted, stubs.miss[wanted as usize]);
+        }
     }
     maker.align();
     stubs.help = maker.address();

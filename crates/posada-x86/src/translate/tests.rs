@@ -472,6 +472,27 @@ fn flags_survive_a_jump_cache_slot_that_leads_elsewhere() {
 }
 
 #[test]
+fn a_stack_where_no_stack_was_found_is_none() {
+    let (mut one, mut other) = (machine(), machine());
+    other.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
+    for start in [1_u64 << 63, (1 << 63) + 0xfe0] {
+        // mov eax, [rsp + 8]; push rbx; hlt
+        for code in [[0x8b, 0x44, 0x24, 8, HLT], [0x90, 0x90, 0x90, 0x53, HLT]] {
+            for core in [&mut one, &mut other] {
+                core.physical_write(RAM, &code);
+                (core.halted, core.shut_down) = (false, false);
+                core.regs[gpr::RSP] = start + 8;
+                core.set_rip(0);
+                finish(core);
+                assert!(core.shut_down);
+            }
+            assert_eq!((one.regs, one.rip()), (other.regs, other.rip()));
+        }
+    }
+    assert!(other.translator.as_ref().unwrap().counts().leaves.trapped >= 4);
+}
+
+#[test]
 fn flags_survive_a_jump_by_a_table() {
     // As GCC compiles `switch` with comparisons of one value in its cases. The table is at 2000h: js, jg.
     for (value, case, expected) in [(-5_i64, 0, 1), (5, 0, 0), (5, 1, 1), (-5, 1, 0)] {
