@@ -19,6 +19,8 @@ pub(crate) const SUPERVISOR_AC: usize = 2;
 pub(crate) const FETCH_USER: usize = 3;
 pub(crate) const FETCH_SUPERVISOR: usize = 4;
 pub(crate) const USER_ALIGNED: usize = 5;
+/// A page that no canonical address is in.
+pub(crate) const NOWHERE: u64 = 1 << 63;
 /// In an entry's `gpa`: the mapping is global; the page's log2 size is in the five bits below.
 pub(crate) const GLOBAL: u64 = 1 << 7;
 
@@ -36,9 +38,9 @@ impl Entry {
     /// For no table's slot: an access to the tag's page, which no canonical address is in, leads to what is none on the host
     /// either, and raises an exception there.
     const NOWHERE: Self = Self {
-        read: 1 << 63,
-        write: 1 << 63,
-        host: (1_u64 << 63) as *mut u8,
+        read: NOWHERE,
+        write: NOWHERE,
+        host: NOWHERE as *mut u8,
         gpa: 0,
     };
 

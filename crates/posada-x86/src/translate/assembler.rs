@@ -385,6 +385,12 @@ impl Assembler {
         self.dword(offset as i32);
     }
 
+    /// `cmp r11, gs:[rax + offset]`.
+    pub fn compare_r11_by_rax(&mut self, offset: usize) {
+        self.bytes(&[0x65, 0x4c, 0x3b, 0x98]);
+        self.dword(offset as i32);
+    }
+
     /// `jmp r11`.
     pub fn jump_r11(&mut self) {
         self.bytes(&[0x41, 0xff, 0xe3]);

@@ -110,8 +110,8 @@ pub struct Emitter {
     pub checks: Vec<Check>,
     /// Offset of the code behind the comparison of RIP.
     pub entry: usize,
-    /// Offset of the code behind that which looks for vector registers, where a loop needs it once.
-    again: usize,
+    /// Offset of the code behind that which brings vector registers in, where a loop needs it once; and what it brings in.
+    again: (usize, u8),
     cold: Vec<Cold>,
     groups: Groups,
     /// The instruction's number in its block.
@@ -195,12 +195,11 @@ impl Emitter {
         (self.saved, self.vectors, self.exact) = (false, live::NONE, region.exact);
         self.compare_rip(region.live[0] != 0);
         self.entry = self.assembler.here();
-        self.again = self.entry;
-        if region.live[0] == 0 && self.loops_with_vectors(region) {
+        if region.live[0] == 0 && self.loops(region) {
             self.mark();
-            self.want_vectors(false);
-            self.again = self.assembler.here();
+            self.want_vectors(false, &region.operations);
         }
+        self.again = (self.assembler.here(), self.vectors);
         let poll = self.poll_at(region);
         for (at, &(rip, operation)) in region.operations.iter().enumerate() {
             (self.at, self.rip) = (at, rip);
@@ -242,12 +241,11 @@ impl Emitter {
         }
     }
 
-    /// True if the block is a loop that uses vector registers.
-    fn loops_with_vectors(&self, region: &Region) -> bool {
+    /// True if the block leads back to its start.
+    fn loops(&self, region: &Region) -> bool {
         let back =
             |kind: Kind| matches!(kind, Kind::Jump(to) | Kind::Branch(_, to) | Kind::Count(_, to) if to == self.start);
-        let operations = || region.operations.iter().map(|(_, operation)| operation);
-        operations().any(|operation| operation.vector) && operations().any(|operation| back(operation.kind))
+        region.operations.iter().any(|(_, operation)| back(operation.kind))
     }
 
     /// Where to look at events: a place where flags are dead, in blocks that may be part of a loop.

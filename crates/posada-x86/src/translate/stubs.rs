@@ -8,6 +8,7 @@ use super::help::help;
 use super::jumps;
 use super::vectors::{Host, Vectors, live};
 use crate::core::Core;
+use crate::tlb::NOWHERE;
 
 const RAX: u8 = 0;
 const RDX: u8 = 2;
@@ -250,14 +251,17 @@ impl Maker<'_> {
         // The access crosses the page's end.
         a.compare_with(R11, tag(stack));
         let crosses = a.branch(condition::E);
-        for (from, to) in [
-            (table.read, stack.read),
-            (table.write, stack.write),
-            (table.host, stack.host),
-        ] {
+        for (from, to) in [(table.read, stack.read), (table.host, stack.host)] {
             a.load_by_rax(from);
             a.store(to, R11);
         }
+        a.load_by_rax(table.write);
+        a.compare_r11_by_rax(table.read);
+        let writable = a.branch(condition::E);
+        // In the table that is another slot's page.
+        a.constant(R11, NOWHERE);
+        a.land(writable);
+        a.store(stack.write, R11);
         a.load(RAX, frame::SPILLED);
         a.load(R11, frame::SITE);
         a.jump_r11();

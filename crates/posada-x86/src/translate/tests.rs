@@ -493,6 +493,27 @@ fn a_stack_where_no_stack_was_found_is_none() {
 }
 
 #[test]
+fn a_stack_that_may_only_be_read_is_written_nowhere_else() {
+    let mut core = machine();
+    core.translator = Some(Box::new(Translator::new(0).unwrap().at_once()));
+    // Linear pages 0 and 1 have neighbouring slots; page 1 may only be read, and supervisors respect that.
+    core.physical_write(0x4008, &0x9005_u64.to_le_bytes());
+    core.cr[0] |= 1 << 16;
+    core.mmu.flush();
+    // mov eax, [rsp]; mov rsp, rbx; push rcx; hlt
+    core.physical_write(RAM, &[0x8b, 0x04, 0x24, 0x48, 0x89, 0xdc, 0x51, HLT]);
+    core.physical_write(0x9400, &[0x77; 8]);
+    core.set_rip(0);
+    (core.regs[gpr::RSP], core.regs[gpr::RBX]) = (0x1400, 0x408);
+    core.regs[gpr::RCX] = 0x1111;
+    finish(&mut core);
+    let mut words = [[0; 8]; 2];
+    core.physical_read(0x9400, &mut words[0]);
+    core.physical_read(RAM + 0x400, &mut words[1]);
+    assert_eq!(words, [[0x77; 8], 0x1111_u64.to_le_bytes()]);
+}
+
+#[test]
 fn flags_survive_a_jump_by_a_table() {
     // As GCC compiles `switch` with comparisons of one value in its cases. The table is at 2000h: js, jg.
     for (value, case, expected) in [(-5_i64, 0, 1), (5, 0, 0), (5, 1, 1), (-5, 1, 0)] {

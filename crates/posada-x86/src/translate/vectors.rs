@@ -284,8 +284,7 @@ impl Maker<'_> {
     /// Back to R11.
     fn back(&mut self, level: u8) {
         self.0.store_byte(frame::VECTORS_LIVE, level);
-        // jmp r11
-        self.0.bytes(&[0x41, 0xff, 0xe3]);
+        self.0.jump_r11();
     }
 }
 

@@ -146,8 +146,9 @@ impl Emitter {
     /// The way on to `target` from a jump: straight, if source and target are mapped together.
     pub(super) fn exit(&mut self, hole: Hole, target: u64, live: bool) {
         if target == self.start && !self.plain && !self.once {
-            let again = if self.vectors { self.again } else { self.entry };
-            self.assembler.fill(hole, again);
+            let (again, vectors) = self.again;
+            let to = if self.vectors >= vectors { again } else { self.entry };
+            self.assembler.fill(hole, to);
         } else if (target ^ self.start) >> self.shift == 0 {
             self.cold.push(Cold::Chain { hole, target });
         } else {
