@@ -7,9 +7,10 @@ help:
 	@echo "make test    format, lints, documentation, unit tests, bare programs, Debian end to end, KVM in a test host"
 	@echo "make bench   guest benchmarks: native, posada, QEMU TCG, and KVM in a test host; writes bench/results.md"
 	@echo "make soak    the long run of the differential instruction test (SECONDS=600)"
-	@echo "make fuzz    fuzz kernel images, guest code, snapshots and vsock packets (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
+	@echo "make fuzz    fuzz kernel images, guest code, snapshots, vsock packets and agents (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build target/release/posada"
 	@echo "make bare    build the bare test programs into target/bare"
+	@echo "make agent   build target/agent/posada-agent, which runs in any Linux guest"
 	@echo "make image   make the Debian kernel, initramfs and disks that demo and tests boot"
 	@echo "make lint, make unit, make e2e, make e2e-translate, make e2e-check, make nested    the parts of make test"
 	@echo "make nested-all    every test on KVM, in a test host (20 minutes)"
@@ -21,6 +22,12 @@ build:
 
 bare:
 	@$(MAKE) --no-print-directory -s -C guest/bare
+
+# Static, so that it needs nothing of the guest; in a folder of its own, as no other crate has these flags.
+agent:
+	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p posada-agent --target x86_64-unknown-linux-gnu \
+		--target-dir target/agent
+	install -m 755 target/agent/x86_64-unknown-linux-gnu/release/posada-agent target/agent/posada-agent
 
 fmt:
 	$(CARGO) fmt --all
@@ -84,6 +91,7 @@ fuzz:
 	$(CARGO) +nightly fuzz run code -- -max_total_time=$(SECONDS)
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
 	$(CARGO) +nightly fuzz run vsock -- -max_total_time=$(SECONDS)
+	$(CARGO) +nightly fuzz run agent -- -max_total_time=$(SECONDS)
 
 .DEFAULT_GOAL := help
-.PHONY: help build bare image fmt demo lint unit e2e e2e-translate e2e-check nested nested-all heavy test bench soak fuzz
+.PHONY: help build bare agent image fmt demo lint unit e2e e2e-translate e2e-check nested nested-all heavy test bench soak fuzz

@@ -1,0 +1,75 @@
+//! A connection: the greeting, one request, and its work.
+
+use crate::exec;
+use anyhow::{Context, bail};
+use posada_protocol::{Answer, Failure, Hello, Request, read_frame, write_message};
+use std::fs::File;
+use std::io;
+
+/// Why a request is not done: what [`Answer::Failed`] says.
+#[derive(Debug)]
+pub struct Refusal {
+    pub why: Failure,
+    pub message: String,
+}
+
+impl Refusal {
+    pub fn new(why: Failure, message: impl Into<String>) -> Self {
+        let message = message.into();
+        Self { why, message }
+    }
+
+    /// `what` could not be done because of `error`.
+    pub fn of(what: impl std::fmt::Display, error: &io::Error) -> Self {
+        let why = match error.kind() {
+            io::ErrorKind::NotFound => Failure::NotFound,
+            io::ErrorKind::PermissionDenied => Failure::NotPermitted,
+            _ => Failure::Other,
+        };
+        Self::new(why, format!("{what}: {error}"))
+    }
+
+    pub fn answer(self) -> Answer {
+        Answer::Failed {
+            why: self.why,
+            message: self.message,
+        }
+    }
+}
+
+/// Serves a connection to its end.
+pub fn serve(mut stream: File) -> anyhow::Result<()> {
+    let ours = Hello::ours();
+    let Some(first) = read_frame(&mut stream)? else {
+        return Ok(());
+    };
+    let theirs: Hello = first.message().context("no greeting")?;
+    write_message(&mut stream, &ours)?;
+    if ours.agree(&theirs).is_none() {
+        bail!(
+            "the host speaks only the versions {} to {}",
+            theirs.oldest,
+            theirs.newest
+        );
+    }
+    let Some(second) = read_frame(&mut stream)? else {
+        return Ok(());
+    };
+    let request = match second.message() {
+        Ok(request) => request,
+        Err(error) => {
+            let refusal = Refusal::new(
+                Failure::Invalid,
+                format!("this agent does not know the request: {error}"),
+            );
+            return Ok(write_message(&mut stream, &refusal.answer())?);
+        }
+    };
+    let done = match request {
+        Request::Exec(exec) => exec::run(&mut stream, &exec)?,
+    };
+    if let Err(refusal) = done {
+        write_message(&mut stream, &refusal.answer())?;
+    }
+    Ok(())
+}
