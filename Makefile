@@ -27,7 +27,7 @@ bare:
 agent:
 	RUSTFLAGS="-C target-feature=+crt-static" $(CARGO) build --release -p posada-agent --target x86_64-unknown-linux-gnu \
 		--target-dir target/agent
-	install -m 755 target/agent/x86_64-unknown-linux-gnu/release/posada-agent target/agent/posada-agent
+	install -s -m 755 target/agent/x86_64-unknown-linux-gnu/release/posada-agent target/agent/posada-agent
 
 fmt:
 	$(CARGO) fmt --all

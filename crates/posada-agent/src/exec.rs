@@ -2,6 +2,7 @@
 //! up to the window that the host knows, and output is read only when what was read before is on its way.
 
 use crate::session::Refusal;
+use crate::system::System;
 use crate::user::User;
 use posada_protocol::{
     Answer, Channel, Decoder, Exec, Failure, Frame, FrameError, Order, Size, Status, WINDOW, write_data, write_message,
@@ -28,8 +29,8 @@ const LAST: usize = 1 << 20;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// Runs `exec` to its end, or refuses it; an error is one of the connection.
-pub fn run(stream: &mut File, exec: &Exec) -> anyhow::Result<Result<(), Refusal>> {
-    let running = match start(exec) {
+pub fn run(stream: &mut File, system: &System, exec: &Exec) -> anyhow::Result<Result<(), Refusal>> {
+    let running = match start(system, exec) {
         Ok(running) => running,
         Err(refusal) => return Ok(Err(refusal)),
     };
@@ -106,14 +107,12 @@ fn refuse(what: &str) -> impl Fn(io::Error) -> Refusal + '_ {
     move |error| Refusal::of(what, &error)
 }
 
-fn start(exec: &Exec) -> Result<Running, Refusal> {
+fn start(system: &System, exec: &Exec) -> Result<Running, Refusal> {
     let Some((program, arguments)) = exec.command.split_first() else {
         return Err(Refusal::new(Failure::Invalid, "the command is empty"));
     };
     let name = exec.user.as_deref().unwrap_or("0");
-    let user = User::find(Path::new("/"), name)
-        .map_err(refuse("cannot read the users"))?
-        .ok_or_else(|| Refusal::new(Failure::NotFound, format!("there is no user {name}")))?;
+    let user = User::find(system, name)?;
     let directory = match &exec.directory {
         Some(directory) => directory,
         None if Path::new(&user.home).is_dir() => &user.home,
@@ -356,6 +355,7 @@ impl Session<'_> {
                 order => match order.message()? {
                     Order::Signal { number } => self.running.signal(number),
                     Order::Resize(size) => self.running.resize(size),
+                    Order::Thaw => anyhow::bail!("the host takes a program for a file system"),
                 },
             }
         }

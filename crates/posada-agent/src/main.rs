@@ -2,9 +2,14 @@
 //!
 //! Each connection has a thread. Only the host is served: programs of the guest that connect by themselves are turned away.
 
+mod copy;
 mod exec;
+mod freeze;
+mod keys;
 mod listen;
 mod session;
+mod statistics;
+mod system;
 mod user;
 
 use anyhow::{Context, bail};
@@ -14,24 +19,33 @@ use std::fs::File;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use system::System;
 
 const USAGE: &str = "\
-Usage: posada-agent [--vsock PORT | --unix PATH]
+Usage: posada-agent [--vsock PORT]
+       posada-agent --unix PATH --root DIR
 
-Does what the host asks, for as long as it runs: at a vsock port, 700 if nothing else is said, or
-at a Unix socket, for tests.";
+Does what the host asks, for as long as it runs, at a vsock port: 700 if nothing else is said.
+The second form is for tests: it listens at a Unix socket, and what it would read and write in
+/etc, /proc, /sys and home directories it does below DIR.";
 
 /// The most connections at a time.
 const MOST: usize = 128;
 
-fn listener() -> anyhow::Result<Option<Listener>> {
+fn begin() -> anyhow::Result<Option<(Listener, System)>> {
     let words: Vec<String> = env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let vsock = |port| Listener::vsock(port).with_context(|| format!("cannot listen at the vsock port {port}"));
     Ok(Some(match words[..] {
-        [] => vsock(posada_protocol::PORT)?,
-        ["--vsock", port] => vsock(port.parse().with_context(|| format!("{port} is no port"))?)?,
-        ["--unix", path] => Listener::unix(path.as_ref()).with_context(|| format!("cannot listen at {path}"))?,
+        [] => (vsock(posada_protocol::PORT)?, System::new("/")),
+        ["--vsock", port] => {
+            let port = port.parse().with_context(|| format!("{port} is no port"))?;
+            (vsock(port)?, System::new("/"))
+        }
+        ["--unix", path, "--root", root] => {
+            let listener = Listener::unix(path.as_ref()).with_context(|| format!("cannot listen at {path}"))?;
+            (listener, System::new(root))
+        }
         ["--help" | "-h"] => {
             println!("{USAGE}");
             return Ok(None);
@@ -53,14 +67,15 @@ impl Drop for Place {
     }
 }
 
-fn serve(stream: File, places: &Arc<AtomicUsize>) {
+fn serve(stream: File, system: &Arc<System>, places: &Arc<AtomicUsize>) {
+    let system = Arc::clone(system);
     let place = Place(Arc::clone(places));
     if places.fetch_add(1, Ordering::Relaxed) >= MOST {
         return;
     }
     let spawned = thread::Builder::new().name("connection".into()).spawn(move || {
         let _place = place;
-        if let Err(error) = session::serve(stream) {
+        if let Err(error) = session::serve(stream, &system) {
             eprintln!("posada-agent: a connection ended: {error:#}");
         }
     });
@@ -70,13 +85,14 @@ fn serve(stream: File, places: &Arc<AtomicUsize>) {
 }
 
 fn main() -> anyhow::Result<()> {
-    let Some(listener) = listener()? else {
+    let Some((listener, system)) = begin()? else {
         return Ok(());
     };
+    let system = Arc::new(system);
     let places = Arc::new(AtomicUsize::new(0));
     loop {
         match listener.accept() {
-            Ok(Some(stream)) => serve(stream, &places),
+            Ok(Some(stream)) => serve(stream, &system, &places),
             // Not the host.
             Ok(None) => {}
             // Too many open files, perhaps: that passes.

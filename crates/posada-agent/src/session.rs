@@ -1,6 +1,7 @@
 //! A connection: the greeting, one request, and its work.
 
-use crate::exec;
+use crate::system::System;
+use crate::{copy, exec, freeze, keys, statistics};
 use anyhow::{Context, bail};
 use posada_protocol::{Answer, Failure, Hello, Request, read_frame, write_message};
 use std::fs::File;
@@ -38,7 +39,7 @@ impl Refusal {
 }
 
 /// Serves a connection to its end.
-pub fn serve(mut stream: File) -> anyhow::Result<()> {
+pub fn serve(mut stream: File, system: &System) -> anyhow::Result<()> {
     let ours = Hello::ours();
     let Some(first) = read_frame(&mut stream)? else {
         return Ok(());
@@ -66,10 +67,19 @@ pub fn serve(mut stream: File) -> anyhow::Result<()> {
         }
     };
     let done = match request {
-        Request::Exec(exec) => exec::run(&mut stream, &exec)?,
+        Request::Exec(exec) => match exec::run(&mut stream, system, &exec)? {
+            Ok(()) => return Ok(()),
+            Err(refusal) => Err(refusal),
+        },
+        Request::Shutdown { how } => system.shut_down(how).map(|()| Answer::Done),
+        Request::SetTime { nanoseconds } => system.set_time(nanoseconds).map(|()| Answer::Done),
+        Request::SetHostname { name } => system.set_hostname(&name).map(|()| Answer::Done),
+        Request::AuthorizeKeys { user, keys } => keys::authorize(system, &user, &keys).map(|()| Answer::Done),
+        Request::Get { path } => copy::get(&mut stream, &path)?,
+        Request::Put { directory } => copy::put(&mut stream, &directory)?,
+        Request::Statistics { processes } => statistics::take(system, processes),
+        Request::Freeze { seconds } => freeze::freeze(&mut stream, system, seconds)?,
+        Request::SetCpus { online } => system.set_cpus(online),
     };
-    if let Err(refusal) = done {
-        write_message(&mut stream, &refusal.answer())?;
-    }
-    Ok(())
+    Ok(write_message(&mut stream, &done.unwrap_or_else(Refusal::answer))?)
 }

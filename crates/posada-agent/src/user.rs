@@ -1,5 +1,8 @@
 //! Users, as `/etc/passwd` and `/etc/group` have them: a static program has no other name services.
 
+use crate::session::Refusal;
+use crate::system::System;
+use posada_protocol::Failure;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -17,11 +20,12 @@ pub struct User {
 }
 
 impl User {
-    /// The user of this name or number; `None` if there is no such name. A number need not be in the file.
-    pub fn find(root: &Path, user: &str) -> io::Result<Option<Self>> {
-        let passwd = lossy(&root.join("etc/passwd"))?;
-        let group = lossy(&root.join("etc/group"))?;
-        Ok(Self::parse(&passwd, &group, user))
+    /// The user of this name or number, which need not be in the file.
+    pub fn find(system: &System, user: &str) -> Result<Self, Refusal> {
+        let read =
+            |path: &str| lossy(&system.path(path)).map_err(|error| Refusal::of(format!("cannot read {path}"), &error));
+        Self::parse(&read("/etc/passwd")?, &read("/etc/group")?, user)
+            .ok_or_else(|| Refusal::new(Failure::NotFound, format!("there is no user {user}")))
     }
 
     fn parse(passwd: &str, group: &str, user: &str) -> Option<Self> {

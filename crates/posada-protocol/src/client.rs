@@ -1,15 +1,17 @@
 //! The host's side.
 
 use crate::frame::{Channel, Frame, FrameError, MOST, read_frame, write_data, write_message};
-use crate::message::{Answer, Exec, Failure, Hello, NEWEST, OLDEST, Order, Request, Size, Status};
+use crate::message::{Answer, Ending, Exec, Failure, Hello, NEWEST, OLDEST, Order, Request, Size, Status};
+use crate::statistics::Statistics;
 use crate::{PORT, WINDOW};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Bytes of the longest answer of a vsock's socket: `OK 4294967295\n`.
 const LINE: usize = 14;
@@ -43,6 +45,9 @@ pub enum Error {
         /// The agent's words, without control characters.
         message: String,
     },
+    /// The archive's other end on this host.
+    #[error("the archive cannot be read or written here: {0}")]
+    Local(io::Error),
     /// More output than the caller wanted to hold.
     #[error("the program wrote more than {0} bytes")]
     TooMuch(usize),
@@ -110,6 +115,141 @@ impl Client {
         answer(&next(&mut self.stream)?)
     }
 
+    fn order(mut self, request: &Request) -> Result<(), Error> {
+        match self.ask(request)? {
+            Answer::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Ends the guest as its administrator would; it takes a while after this.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn shut_down(self, how: Ending) -> Result<(), Error> {
+        self.order(&Request::Shutdown { how })
+    }
+
+    /// Sets the guest's clock.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn set_time(self, time: SystemTime) -> Result<(), Error> {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let nanoseconds = since.as_nanos().try_into().unwrap_or(u64::MAX);
+        self.order(&Request::SetTime { nanoseconds })
+    }
+
+    /// Sets the guest's host name.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn set_hostname(self, name: &str) -> Result<(), Error> {
+        self.order(&Request::SetHostname { name: name.into() })
+    }
+
+    /// Lets the owners of these keys (lines of `authorized_keys`) log in as `user` by ssh.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn authorize_keys(self, user: &str, keys: &[String]) -> Result<(), Error> {
+        self.order(&Request::AuthorizeKeys {
+            user: user.into(),
+            keys: keys.to_vec(),
+        })
+    }
+
+    /// Has the first `online` CPUs work and the others not; gives the numbers of those that are there and those that work.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn set_cpus(mut self, online: u32) -> Result<(Vec<u32>, Vec<u32>), Error> {
+        match self.ask(&Request::SetCpus { online })? {
+            Answer::Cpus { present, online } => Ok((present, online)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// How the guest is, with so many of its processes that use most.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn statistics(mut self, processes: u32) -> Result<Statistics, Error> {
+        match self.ask(&Request::Statistics { processes })? {
+            Answer::Statistics(statistics) => Ok(*statistics),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Has file systems on disks write all that they hold back, and stops writes to them: until [`Frozen::thaw`], until the
+    /// guard goes, or for so many seconds.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn freeze(mut self, seconds: u32) -> Result<Frozen, Error> {
+        match self.ask(&Request::Freeze { seconds })? {
+            Answer::Done => Ok(Frozen(self)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Writes a file or folder of the guest to `archive`, in the tar format. The archive is the guest's: who unpacks it
+    /// must not believe its paths, nor its length.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn get(mut self, path: &str, archive: &mut impl Write) -> Result<(), Error> {
+        let request = Request::Get { path: path.into() };
+        write_message(&mut self.stream, &request).map_err(FrameError::from)?;
+        loop {
+            match next(&mut self.stream)? {
+                Frame::Data(Channel::Output, bytes) => archive.write_all(&bytes).map_err(Error::Local)?,
+                frame => {
+                    return match answer(&frame)? {
+                        Answer::Done => Ok(()),
+                        other => Err(unexpected(&other)),
+                    };
+                }
+            }
+        }
+    }
+
+    /// Unpacks `archive`, in the tar format, in a directory of the guest. There is no time limit.
+    ///
+    /// # Errors
+    /// [`Error`]; some of it may be there then.
+    pub fn put(mut self, directory: &str, archive: &mut impl Read) -> Result<(), Error> {
+        let request = Request::Put {
+            directory: directory.into(),
+        };
+        write_message(&mut self.stream, &request).map_err(FrameError::from)?;
+        self.stream.set_read_timeout(None).map_err(Error::Connect)?;
+        self.stream.set_write_timeout(None).map_err(Error::Connect)?;
+        let mut reader = self.stream.try_clone().map_err(Error::Connect)?;
+        let answered = AtomicBool::new(false);
+        thread::scope(|scope| {
+            // The agent may refuse before it has all.
+            let answer = scope.spawn(|| {
+                let answer = next(&mut reader).and_then(|frame| answer(&frame));
+                answered.store(true, Ordering::Release);
+                answer
+            });
+            let sent = send_archive(&mut self.stream, archive, &answered);
+            if sent.is_err() {
+                let _ = self.stream.shutdown(Shutdown::Both);
+            }
+            let answer = answer.join().expect("it does not panic");
+            // What it says is a better reason than that it takes no more.
+            match (answer, sent) {
+                (Err(refused @ Error::Failed { .. }), _) => Err(refused),
+                (_, Err(error)) => Err(error),
+                (Ok(Answer::Done), Ok(())) => Ok(()),
+                (Ok(other), Ok(())) => Err(unexpected(&other)),
+                (Err(error), Ok(())) => Err(error),
+            }
+        })
+    }
+
     /// Starts a program. From then on nothing has a time limit.
     ///
     /// # Errors
@@ -160,6 +300,43 @@ impl Client {
             output.hang_up();
             finished
         })
+    }
+}
+
+/// Sends all of `archive` and its end, as long as nothing is answered.
+fn send_archive(stream: &mut UnixStream, archive: &mut impl Read, answered: &AtomicBool) -> Result<(), Error> {
+    let mut bytes = vec![0; WINDOW];
+    while !answered.load(Ordering::Acquire) {
+        let count = match archive.read(&mut bytes) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Error::Local(error)),
+        };
+        write_data(stream, Channel::Input, &bytes[..count]).map_err(|_| Error::Gone)?;
+        if count == 0 {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// A guest whose file systems stand still.
+#[derive(Debug)]
+pub struct Frozen(Client);
+
+impl Frozen {
+    /// Lets them go on.
+    ///
+    /// # Errors
+    /// [`Error`], also when they went on before, as the time was over.
+    pub fn thaw(mut self) -> Result<(), Error> {
+        let stream = &mut self.0.stream;
+        // An agent for which the time was over has said so, and gone.
+        let _ = write_message(stream, &Order::Thaw);
+        match answer(&next(stream)?)? {
+            Answer::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
     }
 }
 

@@ -11,10 +11,11 @@
 mod client;
 mod frame;
 mod message;
+pub mod statistics;
 
-pub use client::{Client, Error, Event, Finished, Input, Output};
+pub use client::{Client, Error, Event, Finished, Frozen, Input, Output};
 pub use frame::{Channel, Decoder, Frame, FrameError, HEADER, MOST, read_frame, write_data, write_message};
-pub use message::{Answer, Exec, Failure, Hello, NEWEST, OLDEST, Order, Request, Size, Status};
+pub use message::{Answer, Ending, Exec, Failure, Hello, NEWEST, OLDEST, Order, Request, Size, Status};
 
 /// The vsock port at which the agent listens. Below 1024: in the guest only root can take it.
 pub const PORT: u32 = 700;

@@ -1,6 +1,7 @@
 //! The messages. New requests and new optional fields need no new version: who does not know a request refuses it, and unknown
 //! fields are skipped. The version goes up when an agent or a host of before could misunderstand.
 
+use crate::statistics::Statistics;
 use serde::{Deserialize, Serialize};
 
 /// The newest version that this code speaks.
@@ -74,15 +75,77 @@ pub enum Request {
     /// Run a program. Answers: [`Answer::Started`], then data and [`Answer::Taken`], at last [`Answer::Ended`]. If the
     /// connection ends before, the program gets a SIGHUP.
     Exec(Exec),
+    /// End the guest as its administrator would. [`Answer::Done`] when it has begun to.
+    Shutdown {
+        /// What comes after.
+        how: Ending,
+    },
+    /// Set the clock, of Unix time. [`Answer::Done`].
+    SetTime {
+        /// Nanoseconds since 1970.
+        nanoseconds: u64,
+    },
+    /// Set the host name, for now and the next boots. [`Answer::Done`].
+    SetHostname {
+        /// Letters, digits, dashes and dots.
+        name: String,
+    },
+    /// Let the owners of these keys log in by ssh. Keys that can already stay. [`Answer::Done`].
+    AuthorizeKeys {
+        /// As whom, by name or number.
+        user: String,
+        /// Lines of `authorized_keys`.
+        keys: Vec<String>,
+    },
+    /// Send a file or folder as a tar archive: data, then [`Answer::Done`].
+    Get {
+        /// Absolute.
+        path: String,
+    },
+    /// Unpack the tar archive that comes as input, up to the end of that: [`Answer::Done`].
+    Put {
+        /// Absolute, and there.
+        directory: String,
+    },
+    /// Tell how the guest is: [`Answer::Statistics`].
+    Statistics {
+        /// How many processes to tell of: those that have used most CPU time, and those that have most memory.
+        processes: u32,
+    },
+    /// Write all that file systems on disks hold back, and stop writes to them: [`Answer::Done`]. They go on with
+    /// [`Order::Thaw`] ([`Answer::Done`] once more), when the connection ends, or when the time is over.
+    Freeze {
+        /// The most seconds, 1 to 600.
+        seconds: u32,
+    },
+    /// Have so many CPUs online, the first ones. [`Answer::Cpus`].
+    SetCpus {
+        /// 1 to the CPUs that there are.
+        online: u32,
+    },
 }
 
-/// What a client says of a program that runs.
+/// How a guest ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Ending {
+    /// It powers off.
+    PowerOff,
+    /// It starts again.
+    Reboot,
+    /// It stops, and the VM stays.
+    Halt,
+}
+
+/// What a client says of work that goes on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "order", rename_all = "kebab-case")]
 pub enum Order {
-    /// Its terminal has another size.
+    /// A program's terminal has another size.
     Resize(Size),
-    /// Send its process group a signal of this number.
+    /// Let frozen file systems go on.
+    Thaw,
+    /// Send a program's process group a signal of this number.
     Signal {
         /// Linux's number for x86-64.
         number: i32,
@@ -124,7 +187,7 @@ pub enum Failure {
 }
 
 /// What the agent says.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "kebab-case")]
 pub enum Answer {
     /// The program runs.
@@ -141,6 +204,17 @@ pub enum Answer {
     Ended {
         /// How.
         status: Status,
+    },
+    /// It was done.
+    Done,
+    /// How the guest is.
+    Statistics(Box<Statistics>),
+    /// The guest's CPUs now.
+    Cpus {
+        /// Numbers of those that are there.
+        present: Vec<u32>,
+        /// Numbers of those that work.
+        online: Vec<u32>,
     },
     /// It was not done.
     Failed {
