@@ -474,7 +474,7 @@ fn a_folder_comes_back_as_it_went() {
     std::fs::write(&archive, &bytes).unwrap();
     tar(&["-C", &path(&to), "-xpf", &path(&archive)]);
     let same = |one: &PathBuf, other: &PathBuf| {
-        let find = "find . ! -type s -printf '%P %y %m %l %T@\\n' | sort; find . -type f | sort | xargs sha256sum";
+        let find = "find . ! -type s ! -type d -printf '%P %y %m %l %T@\\n' -o -type d -printf '%P %y %m .\\n' | sort; find . -type f | sort | xargs sha256sum";
         let list = |folder: &PathBuf| {
             Command::new("sh")
                 .args(["-c", find])
@@ -484,7 +484,7 @@ fn a_folder_comes_back_as_it_went() {
                 .stdout
         };
         let cut = |bytes: Vec<u8>| {
-            // Of times tar keeps the seconds.
+            // Of times tar keeps the seconds; folders get the time of their copy.
             let text = String::from_utf8(bytes).unwrap();
             let line = |line: &str| {
                 line.rsplit_once('.')
