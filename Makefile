@@ -55,7 +55,7 @@ e2e: build bare image
 	POSADA_SOFTWARE_CPU=interpret $(END_TO_END) --test bare --test gdb --test debian $(ONE_BY_ONE) \
 		--skip four_cpus_lose_no_wake_up --skip what_is_written_outlives --skip a_disk_that_is_read_only
 
-e2e-translate: build bare image
+e2e-translate: build bare agent image
 	POSADA_SOFTWARE_CPU=translate $(END_TO_END) $(ONE_BY_ONE)
 
 # Each block on both, where that goes quickly.

@@ -122,12 +122,16 @@ impl Client {
         }
     }
 
-    /// Ends the guest as its administrator would; it takes a while after this.
+    /// Ends the guest as its administrator would; it takes a while after this. The guest may end its agent before that can
+    /// answer: who wants to know more looks at the VM.
     ///
     /// # Errors
     /// [`Error`].
     pub fn shut_down(self, how: Ending) -> Result<(), Error> {
-        self.order(&Request::Shutdown { how })
+        match self.order(&Request::Shutdown { how }) {
+            Err(Error::Gone) => Ok(()),
+            other => other,
+        }
     }
 
     /// Sets the guest's clock.
@@ -586,6 +590,25 @@ mod tests {
         assert!(matches!(error, Error::Protocol(FrameError::Io(_))), "{error}");
         let client = Client::over(agent(says(&[])), Duration::from_millis(50)).unwrap();
         assert!(client.run(&Exec::default(), &[], 0).is_err());
+    }
+
+    #[test]
+    fn an_agent_may_end_with_its_guest() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let guest = thread::spawn(move || {
+            let mut theirs = theirs;
+            theirs.write_all(&says(&[])).unwrap();
+            next(&mut theirs).unwrap();
+            next(&mut theirs).unwrap().message::<Request>().unwrap()
+        });
+        Client::over(ours, SOON).unwrap().shut_down(Ending::PowerOff).unwrap();
+        let how = Ending::PowerOff;
+        assert_eq!(guest.join().unwrap(), Request::Shutdown { how });
+        let error = Client::over(agent(says(&["7"])), SOON)
+            .unwrap()
+            .shut_down(how)
+            .unwrap_err();
+        assert!(matches!(error, Error::Protocol(_)), "{error}");
     }
 
     #[test]

@@ -52,6 +52,16 @@ pub fn bare_program(name: &str) -> PathBuf {
     path.canonicalize().expect("it was there a moment ago")
 }
 
+/// The static agent.
+///
+/// # Panics
+/// When it is not built.
+pub fn agent_program() -> PathBuf {
+    let path = target().join("agent/posada-agent");
+    assert!(path.is_file(), "{} is missing; run `make agent`", path.display());
+    path
+}
+
 fn target() -> PathBuf {
     match env::var_os("CARGO_TARGET_DIR") {
         Some(path) => path.into(),

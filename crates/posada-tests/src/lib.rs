@@ -31,7 +31,7 @@ mod transcript;
 
 pub use folder::Folder;
 pub use images::{PROMPT, debian, debian_in, heavy_disk, image, root_disk, script_disk, small_linux};
-pub use launch::{Launch, bare_program, posada, software_cpu};
+pub use launch::{Launch, agent_program, bare_program, posada, software_cpu};
 pub use nested::TestHost;
 pub use place::Place;
 pub use process::{Ended, Process};
