@@ -89,6 +89,7 @@ soak:
 fuzz:
 	$(CARGO) +nightly fuzz run kernel -- -max_total_time=$(SECONDS) -max_len=65536
 	$(CARGO) +nightly fuzz run code -- -max_total_time=$(SECONDS)
+	$(CARGO) +nightly fuzz run translate -- -max_total_time=$(SECONDS)
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
 	$(CARGO) +nightly fuzz run vsock -- -max_total_time=$(SECONDS)
 	$(CARGO) +nightly fuzz run agent -- -max_total_time=$(SECONDS)

@@ -56,6 +56,10 @@ counts! {
         pub evictions: u64,
         /// Soft-TLB entries filled for translated code.
         pub tlb_fills: u64,
+        /// Times when translated code looked for an entry, if that is counted.
+        pub tlb_lookups: u64,
+        /// Times when all entries were forgotten, or all of an address space.
+        pub tlb_flushes: u64,
         /// Ways out of translated code.
         pub leaves: Leaves,
         /// Blocks that ran in both ways and were compared, in check mode.

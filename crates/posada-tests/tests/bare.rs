@@ -74,14 +74,17 @@ fn code_may_be_more_than_a_cache_holds() {
     let folder = Folder::new();
     let summary = folder.path().join("summary");
     let launch = bare("churn", 1).arg("--translation-cache").arg("2M");
+    let launch = launch.arg("--count-lookups");
     all_hold(&launch.arg("--summary").arg(&summary));
     let text = std::fs::read_to_string(&summary).expect("it was asked for");
     let summary: serde_json::Value = serde_json::from_str(&text).expect("it is JSON");
     let bytes = |name: &str| summary[name].as_u64().expect("a number");
     let own = bytes("peak_resident_bytes") - bytes("touched_guest_bytes");
-    assert!(own < 64 << 20, "{own} bytes: {text}");
+    assert!(own < 32 << 20, "{own} bytes: {text}");
     if let Some(translation) = summary.get("translation") {
         assert!(translation["evictions"].as_u64() > Some(100), "{text}");
+        let rate = translation["tlb_hit_rate"].as_f64().expect("lookups are counted");
+        assert!((0.5..1.0).contains(&rate), "{text}");
     }
 }
 

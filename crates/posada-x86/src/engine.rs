@@ -33,6 +33,8 @@ pub struct Translating {
     pub cache: u64,
     /// Where what they make is named.
     pub perf_map: Option<Arc<PerfMap>>,
+    /// Lookups in soft TLBs are counted.
+    pub count_lookups: bool,
     /// Blocks are compared with the interpreter, and the VM ends at the first difference.
     pub check: bool,
 }
@@ -98,7 +100,10 @@ impl Engine for Emulator {
             let size = usize::try_from(how.cache / count as u64).unwrap_or(usize::MAX >> 1);
             let translator = Translator::new(size)
                 .map_err(|error| Error::Host(format!("no memory for translated code: {error}")))?;
-            let translator = translator.named_in(how.perf_map.clone());
+            let mut translator = translator.named_in(how.perf_map.clone());
+            if how.count_lookups {
+                translator = translator.counting();
+            }
             core.translator = Some(Box::new(if how.check { translator.checked() } else { translator }));
             if how.check {
                 core.checker = Some(Box::new(Checker::new(&core)));
@@ -197,7 +202,10 @@ impl Vcpu for Processor {
             .translator
             .as_ref()
             .map_or_else(Default::default, |made| made.counts());
+        let generation = self.core.mmu.generation();
         translation.tlb_fills = self.core.frame.fills;
+        translation.tlb_lookups = self.core.frame.lookups;
+        translation.tlb_flushes = generation.all + generation.context;
         if let Some(checker) = &self.core.checker {
             (translation.judged, translation.not_judged) = checker.counts();
         }

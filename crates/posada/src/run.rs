@@ -126,6 +126,10 @@ pub struct Arguments {
     #[arg(long)]
     perf_map: bool,
 
+    /// Have translated code count its lookups in the soft TLB, for --summary; it runs slower then
+    #[arg(long)]
+    count_lookups: bool,
+
     /// Have the port 0xf4, through which a test kernel ends the VM with an exit code
     #[arg(long)]
     debug_exit: bool,
@@ -358,6 +362,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
     let translating = Translating {
         cache: arguments.translation_cache,
         perf_map: arguments.perf_map.then(perf_map).transpose()?,
+        count_lookups: arguments.count_lookups,
         ..accel::TRANSLATING
     };
     let make = |kind: Kind, ram, model: &CpuModel| kind.make(ram, model, &translating);

@@ -35,6 +35,9 @@ struct Translated {
     /// Direct branches that were led straight to their target, of all.
     chain_rate: f64,
     nanoseconds_per_instruction: f64,
+    /// Lookups in soft TLBs that found an entry, of all; unknown unless they are counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tlb_hit_rate: Option<f64>,
 }
 
 impl Translated {
@@ -44,6 +47,7 @@ impl Translated {
             counts,
             chain_rate: rate(counts.links, counts.branches),
             nanoseconds_per_instruction: rate(counts.nanoseconds, counts.instructions),
+            tlb_hit_rate: (counts.tlb_lookups != 0).then(|| 1.0 - rate(counts.tlb_fills, counts.tlb_lookups)),
         }
     }
 }

@@ -113,6 +113,11 @@ impl Assembler {
         self.dword(value as i32);
     }
 
+    /// `inc qword gs:[offset]`.
+    pub fn increment(&mut self, offset: usize) {
+        self.absolute(&[], 0x48, &[0xff], 0, offset);
+    }
+
     /// `cmp dword gs:[offset], value`.
     pub fn compare_dword(&mut self, offset: usize, value: u32) {
         self.absolute(&[], 0x40, &[0x81], 7, offset);

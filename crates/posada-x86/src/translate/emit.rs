@@ -120,6 +120,8 @@ pub struct Emitter {
     held: Option<u8>,
     /// A branch to the start of its own block leaves it like any other, for who must see each run of a block.
     pub once: bool,
+    /// Lookups in the soft TLB are counted.
+    pub counting: bool,
     /// No groups.
     plain: bool,
     stubs: Stubs,
@@ -408,6 +410,9 @@ impl Emitter {
         };
         let place = if write { table.write } else { table.read };
         let a = &mut self.assembler;
+        if self.counting {
+            a.increment(frame::LOOKUPS);
+        }
         let retry = a.here();
         if stack {
             a.xor_stack(place);

@@ -54,6 +54,8 @@ pub struct Frame {
     pub trap_flags: u64,
     /// Checks that failed and then succeeded.
     pub fills: u64,
+    /// Checks, if they are counted.
+    pub lookups: u64,
     /// What the blocks and the ways to them were found under.
     pub seen: Seen,
     /// How many slots of the jump caches stubs have filled, and which, counted through all caches.
@@ -114,6 +116,8 @@ places! {
     SITE = site;
     /// [`Frame::temporary`].
     TEMPORARY = temporary;
+    /// [`Frame::lookups`].
+    LOOKUPS = lookups;
     /// [`Frame::spilled`].
     SPILLED = spilled;
     /// [`Frame::events`].

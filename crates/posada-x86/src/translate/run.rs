@@ -92,6 +92,12 @@ impl Translator {
         self
     }
 
+    /// Makes code that counts its lookups in the soft TLB.
+    pub fn counting(mut self) -> Self {
+        self.emitter.counting = true;
+        self
+    }
+
     /// What it has done.
     pub fn counts(&self) -> Translation {
         self.counts
@@ -549,6 +555,14 @@ impl Core {
         let mut bytes = [0; MAX_LENGTH];
         read_host(host, &mut bytes);
         Some(Next { gpa, host, bytes })
+    }
+
+    /// Runs translated code from RIP on, or interprets an instruction if there is none. [`Core::activate_translator`] comes
+    /// first.
+    pub fn step_translated(&mut self) {
+        if !self.execute_translated() {
+            self.interpret_one();
+        }
     }
 
     /// Runs translated code from RIP on, and nothing else.

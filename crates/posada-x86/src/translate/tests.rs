@@ -358,9 +358,7 @@ pub(super) fn finish_checked(core: &mut Core) {
         if core.halted || core.shut_down {
             return;
         }
-        if !core.execute_translated() {
-            core.interpret_one();
-        }
+        core.step_translated();
     }
     panic!("no end: rip {:x}", core.rip());
 }

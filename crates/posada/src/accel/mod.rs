@@ -104,6 +104,7 @@ impl Kind {
 pub const TRANSLATING: Translating = Translating {
     cache: 64 << 20,
     perf_map: None,
+    count_lookups: false,
     check: false,
 };
 
