@@ -85,6 +85,8 @@ pub struct Branch {
     pub exit: u64,
     /// Address of its rel32.
     pub site: u64,
+    /// RIP of its target.
+    pub rip: u64,
     /// It leads to a block without groups.
     pub plain: bool,
 }
@@ -271,6 +273,7 @@ impl Blocks {
         Branch {
             exit,
             site: block.start + u64::from(link.site),
+            rip: block.key.rip.wrapping_add(link.target as u64),
             plain: link.plain,
         }
     }

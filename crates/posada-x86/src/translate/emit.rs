@@ -43,6 +43,8 @@ pub struct Link {
     pub exit: u16,
     /// Offset of its rel32.
     pub site: u16,
+    /// Where it leads to, from the block's RIP on.
+    pub target: i32,
     /// It leads to a block without groups.
     pub plain: bool,
 }
@@ -253,8 +255,8 @@ impl Emitter {
     /// Where to look at events: a place where flags are dead, in blocks that may be part of a loop.
     fn poll_at(&self, region: &Region) -> Option<usize> {
         let loops = region.operations.iter().any(|&(rip, operation)| match operation.kind {
-            Kind::Jump(target) | Kind::Branch(_, target) | Kind::Count(_, target) => target <= rip,
-            Kind::Call(_) | Kind::CallRegister(_) | Kind::CallMemory(_) | Kind::Return(_) => true,
+            Kind::Jump(target) | Kind::Branch(_, target) | Kind::Count(_, target) | Kind::Call(target) => target <= rip,
+            Kind::CallRegister(_) | Kind::CallMemory(_) | Kind::Return(_) => true,
             Kind::JumpRegister(_) | Kind::JumpMemory(_) => true,
             _ => false,
         });
@@ -715,12 +717,13 @@ impl Emitter {
         let exit = a.here();
         let own = a.address_r11();
         a.fill(own, exit);
+        self.assembler.jump_to(self.stubs.leave[Leave::Chain as usize]);
         self.links.push(Link {
             exit: exit as u16,
             site: hole.0 as u16,
+            target: target.wrapping_sub(self.start) as i32,
             plain,
         });
-        self.leave(target, Leave::Chain);
     }
 
     fn finish(&mut self) {

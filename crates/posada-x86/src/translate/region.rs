@@ -97,14 +97,15 @@ impl Region {
             .sum()
     }
 
-    /// Reads a block. It is empty if its first instruction ends in the next page, and that was not given.
-    pub fn read(&mut self, core: &mut Core, reader: &mut Reader, page: &Page, start: u64) {
+    /// Reads a block, up to where another begins as `known` says. It is empty if its first instruction ends in the next page,
+    /// and that was not given.
+    pub fn read(&mut self, core: &mut Core, reader: &mut Reader, page: &Page, start: u64, known: impl Fn(u64) -> bool) {
         self.operations.clear();
         self.helped.clear();
         (self.crosses, self.incomplete) = (false, false);
         let mut rip = start;
         self.end = Some(loop {
-            let whole = self.operations.len() == LONGEST || self.crosses;
+            let whole = self.operations.len() == LONGEST || self.crosses || rip != start && known(rip);
             let Some(bytes) = page.from(rip).filter(|_| !whole) else {
                 break End::Next(rip);
             };

@@ -158,7 +158,13 @@ impl Translator {
         let left = self.enter(core, block);
         self.count(left);
         match left {
-            Leave::Chain if self.blocks.branch(core.frame.site).plain => return Left::Plain,
+            Leave::Chain => {
+                let branch = self.blocks.branch(core.frame.site);
+                core.set_rip(branch.rip);
+                if branch.plain {
+                    return Left::Plain;
+                }
+            }
             Leave::Refused => {
                 self.refused(core);
             }
@@ -210,6 +216,7 @@ impl Translator {
             match left {
                 Leave::Chain => {
                     let (branch, evictions) = (self.blocks.branch(core.frame.site), self.counts.evictions);
+                    core.set_rip(branch.rip);
                     let next = if branch.plain {
                         self.find_plain(core)
                     } else {
@@ -429,10 +436,12 @@ impl Translator {
                 next: None,
                 blocked: core.limits() | if self.checked { limits::TSC } else { 0 },
             };
-            self.region.read(core, &mut self.reader, &page, place.rip);
+            let blocks = &self.blocks;
+            let known = |rip| blocks.find(&Key { rip, ..key }).is_some();
+            self.region.read(core, &mut self.reader, &page, place.rip, known);
             if self.region.incomplete {
                 page.next = core.code_after(page.linear, &mut place);
-                self.region.read(core, &mut self.reader, &page, place.rip);
+                self.region.read(core, &mut self.reader, &page, place.rip, known);
             }
             if self.region.operations.is_empty() {
                 return None;

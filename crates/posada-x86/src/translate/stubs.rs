@@ -59,7 +59,7 @@ pub type Enter = unsafe extern "sysv64" fn(*mut Core, u64, u64) -> u32;
 pub struct Stubs {
     /// [`Enter`].
     pub enter: u64,
-    /// Ways out, by [`Leave`]: R10 is RIP, R11 the site; flags are the guest's, but with [`Leave::Unknown`] in the Core. For
+    /// Ways out, by [`Leave`]: R10 is RIP (not for [`Leave::Chain`]), R11 the site; flags are the guest's, but with [`Leave::Unknown`] in the Core. For
     /// the first four only.
     pub leave: [u64; 4],
     /// By mode, from a slot that knows no block for R10: through a [`Way`](super::jumps::Way), or out.
@@ -151,8 +151,11 @@ impl Maker<'_> {
 
     fn leave(&mut self, reason: Leave, flags: bool) {
         self.save_registers();
-        if reason != Leave::Trap {
+        // What traps says nothing, and a branch that is not linked says where it is.
+        if !matches!(reason, Leave::Trap | Leave::Chain) {
             self.a.store(frame::RIP, R10);
+        }
+        if reason != Leave::Trap {
             self.a.store(frame::SITE, R11);
         }
         if flags {
