@@ -11,7 +11,7 @@ use std::mem::offset_of;
 /// taken by another.
 pub const JUMPS: usize = 1 << 15;
 /// Ways to blocks.
-pub const WAYS: usize = 1 << 15;
+pub const WAYS: usize = 1 << 16;
 /// Slots that stubs may fill before Rust takes note of them.
 pub const LOG: usize = 1 << 12;
 /// In the log: the slot is one for a page that is mapped globally.
