@@ -5,7 +5,9 @@
 
 use crate::clock;
 use crate::core::Core;
+use crate::native::shown;
 use crate::xsave;
+use iced_x86::CpuidFeature;
 use posada_engine::cpu::{self, By, Features, Offer};
 use std::sync::OnceLock;
 
@@ -18,16 +20,24 @@ const EDX: usize = 3;
 #[inline]
 pub fn features() -> &'static Features {
     static FEATURES: OnceLock<Features> = OnceLock::new();
-    FEATURES.get_or_init(|| features_on(cpu::host))
+    FEATURES.get_or_init(|| {
+        let features = features_on(cpu::host);
+        // A host's kernel may leave the registers off.
+        if shown(CpuidFeature::AVX512F) {
+            features
+        } else {
+            features.without_avx512()
+        }
+    })
 }
 
 /// The features on a host whose CPUID `host` reads.
 fn features_on(host: impl Fn(u32, u32) -> [u32; 4]) -> Features {
-    Features::new(|bit| match bit.by {
+    let features = Features::new(|bit| match bit.by {
         By::Us => true,
         By::Host => host(bit.leaf, bit.subleaf)[bit.register] >> bit.bit & 1 != 0,
-        By::Direct => false,
-    })
+    });
+    features.with_whole_avx512()
 }
 
 /// What a VM on this engine can be shown.
@@ -76,7 +86,10 @@ mod tests {
         assert!(bare.fsgsbase && bare.lm && bare.x2apic && bare.nx);
         assert!(!bare.avx && !bare.sse4_2 && !bare.aes && !bare.xsave && !bare.rdrand);
         let full = features_on(|_, _| [u32::MAX; 4]);
-        assert!(full.avx2 && !full.avx512f);
+        assert!(full.avx2 && full.avx512f);
+        // The first processors with AVX-512 had no vectors of 128 and 256 bits.
+        let without_vl = features_on(|leaf, _| if leaf == 7 { [!0, !(1 << 31), !0, !0] } else { [!0; 4] });
+        assert!(without_vl.avx2 && !without_vl.avx512f && !without_vl.avx512vbmi);
     }
 
     #[test]
@@ -101,7 +114,23 @@ mod tests {
             (F::XSAVEOPT, shown.xsaveopt),
             (F::XSAVEC, shown.xsavec),
             (F::XSAVES, shown.xsaves),
+            (F::GFNI, shown.gfni),
+            (F::VAES, shown.vaes),
+            (F::VPCLMULQDQ, shown.vpclmulqdq),
+            (F::AVX512F, shown.avx512f),
+            (F::AVX512CD, shown.avx512cd),
+            (F::AVX512BW, shown.avx512bw),
+            (F::AVX512DQ, shown.avx512dq),
+            (F::AVX512VL, shown.avx512vl),
+            (F::AVX512_IFMA, shown.avx512ifma),
+            (F::AVX512_VBMI, shown.avx512vbmi),
+            (F::AVX512_VBMI2, shown.avx512vbmi2),
+            (F::AVX512_VNNI, shown.avx512vnni),
+            (F::AVX512_BITALG, shown.avx512bitalg),
+            (F::AVX512_VPOPCNTDQ, shown.avx512vpopcntdq),
             // What CPUID never shows.
+            (F::AVX512_FP16, false),
+            (F::AVX512_BF16, false),
             (F::AMX_TILE, false),
             (F::RTM, false),
         ] {

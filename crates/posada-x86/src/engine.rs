@@ -393,8 +393,8 @@ mod tests {
         let ram = Arc::new(GuestRam::new(1 << 20).unwrap());
         assert!(Emulator::new(ram.clone(), &model(0)).is_err() && Emulator::new(ram.clone(), &model(256)).is_err());
         let mut other = model(1);
-        other.features.avx512f = true;
-        assert!(matches!(Emulator::new(ram.clone(), &other), Err(Error::State(text)) if text.contains("avx512f")));
+        other.physical_bits = 53;
+        assert!(matches!(Emulator::new(ram.clone(), &other), Err(Error::State(text)) if text.contains("53 bits")));
         for khz in [0, 99_999, u64::MAX] {
             let mut other = model(1);
             other.tsc_khz = khz;

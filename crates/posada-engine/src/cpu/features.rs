@@ -16,8 +16,6 @@ pub enum By {
     Host,
     /// The engine. One in software always has it; with KVM the host decides.
     Us,
-    /// The host's processor, and only where guest code runs on it directly.
-    Direct,
 }
 
 /// A bit of CPUID.
@@ -155,20 +153,20 @@ features! {
     serialize: 7 0 EDX 14 Us;
     spec_ctrl: 7 0 EDX 26 Us;
     arch_capabilities: 7 0 EDX 29 Us;
-    avx512f: 7 0 EBX 16 Direct;
-    avx512dq: 7 0 EBX 17 Direct;
-    avx512ifma: 7 0 EBX 21 Direct;
-    avx512cd: 7 0 EBX 28 Direct;
-    avx512bw: 7 0 EBX 30 Direct;
-    avx512vl: 7 0 EBX 31 Direct;
-    avx512vbmi: 7 0 ECX 1 Direct;
-    avx512vbmi2: 7 0 ECX 6 Direct;
-    gfni: 7 0 ECX 8 Direct;
-    vaes: 7 0 ECX 9 Direct;
-    vpclmulqdq: 7 0 ECX 10 Direct;
-    avx512vnni: 7 0 ECX 11 Direct;
-    avx512bitalg: 7 0 ECX 12 Direct;
-    avx512vpopcntdq: 7 0 ECX 14 Direct;
+    avx512f: 7 0 EBX 16 Host;
+    avx512dq: 7 0 EBX 17 Host;
+    avx512ifma: 7 0 EBX 21 Host;
+    avx512cd: 7 0 EBX 28 Host;
+    avx512bw: 7 0 EBX 30 Host;
+    avx512vl: 7 0 EBX 31 Host;
+    avx512vbmi: 7 0 ECX 1 Host;
+    avx512vbmi2: 7 0 ECX 6 Host;
+    gfni: 7 0 ECX 8 Host;
+    vaes: 7 0 ECX 9 Host;
+    vpclmulqdq: 7 0 ECX 10 Host;
+    avx512vnni: 7 0 ECX 11 Host;
+    avx512bitalg: 7 0 ECX 12 Host;
+    avx512vpopcntdq: 7 0 ECX 14 Host;
     xsaveopt: 0xd 1 EAX 0 Host;
     xsavec: 0xd 1 EAX 1 Host;
     xgetbv1: 0xd 1 EAX 2 Host;
@@ -192,6 +190,18 @@ features! {
 }
 
 impl Features {
+    /// The same without AVX-512, unless all of what processors have had together since the second that had any of it is
+    /// there: opmasks of 64 bits, vectors of 128 and 256.
+    pub fn with_whole_avx512(self) -> Self {
+        let whole = self.avx512f && self.avx512cd && self.avx512bw && self.avx512dq && self.avx512vl;
+        if whole { self } else { self.without_avx512() }
+    }
+
+    /// The same without AVX-512.
+    pub fn without_avx512(self) -> Self {
+        Self::new(|bit| self.has(bit.name) && !bit.name.starts_with("avx512"))
+    }
+
     /// Those of the set in the order of the table.
     pub fn names(&self) -> impl Iterator<Item = &'static str> {
         self.bits().filter(|(_, has)| *has).map(|(bit, _)| bit.name)
@@ -270,6 +280,15 @@ mod tests {
             assert_eq!(one.words(bit.leaf, bit.subleaf), expected, "{}", bit.name);
             assert_eq!(one.words(bit.leaf, bit.subleaf + 1), [0; 4], "{}", bit.name);
         }
+    }
+
+    #[test]
+    fn avx512_comes_whole() {
+        let all = Features::new(|_| true);
+        assert_eq!(all.with_whole_avx512(), all);
+        let some = Features::new(|bit| bit.name != "avx512vl").with_whole_avx512();
+        assert_eq!(some, Features::new(|bit| !bit.name.starts_with("avx512")));
+        assert!(some.gfni && some.avx2);
     }
 
     #[test]

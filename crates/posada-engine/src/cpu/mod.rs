@@ -10,7 +10,7 @@ mod features;
 pub use baseline::Baseline;
 pub use features::{BITS, Bit, By, Features};
 
-use features::{EAX, EBX};
+use features::EAX;
 use serde::{Deserialize, Serialize};
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 
@@ -117,25 +117,59 @@ fn components(features: &Features) -> Vec<Component> {
     (2..8).filter(|&bit| wanted(bit)).map(component).collect()
 }
 
-/// A processor as [`CpuModel::signature`] that has AVX2 and nothing newer that compilers take for granted: Intel's Broadwell
+/// Processors as [`CpuModel::signature`] that have AVX2 and nothing newer that compilers take for granted: Intel's Broadwell
 /// (06_47H), AMD's Zen 3 (19H, 21H).
 const BROADWELL: u32 = 0x0004_0671;
 const ZEN_3: u32 = 0x00a2_0f10;
+/// The same with AVX-512: Skylake-X (06_55H), Ice Lake-X (06_6AH).
+const SKYLAKE_X: u32 = 0x0005_0654;
+const ICE_LAKE_X: u32 = 0x0006_06a6;
+
+/// What the host's processor has of that by which compilers tell models apart.
+#[derive(Clone, Copy, Default)]
+struct Generation {
+    avx512: bool,
+    /// BF16, FP16, AMX or AVX-VNNI, which no guest is shown.
+    newer: bool,
+}
+
+impl Generation {
+    fn of_host() -> Self {
+        let [_, b, _, d] = host(7, 0);
+        let [a, ..] = host(7, 1);
+        Self {
+            avx512: b >> 16 & 1 != 0,
+            newer: a & 3 << 4 != 0 || d & 7 << 22 != 0,
+        }
+    }
+}
 
 /// The signature to show, for a host's own. Code made for several processors may be chosen by model alone (GCC's
-/// `target_clones` with `arch=`): who lacks AVX-512 must not look like one that always has it.
-fn signature(own: u32, amd: bool, host_has_avx512: bool, features: &Features) -> u32 {
-    match (host_has_avx512 && !features.avx512f, amd) {
-        (false, _) => own,
-        (true, false) => BROADWELL,
-        (true, true) => ZEN_3,
+/// `target_clones` with `arch=`): a guest must not look like a model that always has what it is not shown.
+fn signature(own: u32, amd: bool, host: Generation, features: &Features) -> u32 {
+    let ice_lake = features.avx512vbmi2
+        && features.avx512ifma
+        && features.avx512vnni
+        && features.avx512bitalg
+        && features.avx512vpopcntdq
+        && features.gfni
+        && features.vaes
+        && features.vpclmulqdq;
+    match (features.avx512f, amd) {
+        _ if !host.avx512 => own,
+        (true, _) if !host.newer => own,
+        // Zen 4 has BF16.
+        (_, true) => ZEN_3,
+        (true, false) if ice_lake => ICE_LAKE_X,
+        (true, false) => SKYLAKE_X,
+        (false, false) => BROADWELL,
     }
 }
 
 impl CpuModel {
     /// The most that a VM of `cpus` processors can have, or no more than `baseline`, out of what an engine offers. Vendor,
     /// family, model and caches are the host's, so that software picks the code that suits it; family and model are those of
-    /// an older processor where AVX-512 is the host's alone.
+    /// an older processor where the host's AVX-512 is left out, or what came after it.
     ///
     /// # Errors
     /// The name of a feature of the baseline that is missing.
@@ -154,12 +188,7 @@ impl CpuModel {
             .take_while(|cache| cache[EAX] & 31 != 0);
         Ok(Self {
             vendor: [b, c, d],
-            signature: signature(
-                host(1, 0)[EAX],
-                is_amd([b, c, d]),
-                host(7, 0)[EBX] >> 16 & 1 != 0,
-                &features,
-            ),
+            signature: signature(host(1, 0)[EAX], is_amd([b, c, d]), Generation::of_host(), &features),
             features,
             arch_capabilities: if features.arch_capabilities {
                 offer.arch_capabilities
@@ -342,7 +371,7 @@ fn text(bytes: &[u8]) -> [u32; 4] {
 
 #[cfg(test)]
 mod tests {
-    use super::features::{ECX, EDX};
+    use super::features::{EBX, ECX, EDX};
     use super::*;
 
     fn offer() -> Offer {
@@ -361,19 +390,30 @@ mod tests {
     }
 
     #[test]
-    fn who_lacks_avx512_is_no_model_that_always_has_it() {
+    fn a_guest_looks_like_no_model_that_has_more_than_it_is_shown() {
         const ROCKET_LAKE: u32 = 0x000a_0671;
+        const SAPPHIRE_RAPIDS: u32 = 0x0008_06f8;
         const ZEN_4: u32 = 0x00a6_0f12;
-        let with = Features {
+        let without = Features::default();
+        let whole = Features::new(|bit| bit.name.starts_with("avx512") || bit.leaf == 7);
+        let first = Features {
             avx512f: true,
             ..Features::default()
         };
-        let without = Features::default();
-        assert_eq!(signature(ROCKET_LAKE, false, true, &with), ROCKET_LAKE);
-        assert_eq!(signature(ROCKET_LAKE, false, true, &without), BROADWELL);
-        assert_eq!(signature(ZEN_4, true, true, &without), ZEN_3);
-        // A host without keeps what it is.
-        assert_eq!(signature(0x000b_06f2, false, false, &without), 0x000b_06f2);
+        let host = |avx512, newer| Generation { avx512, newer };
+        for (own, amd, host, features, expected) in [
+            (ROCKET_LAKE, false, host(true, false), &whole, ROCKET_LAKE),
+            (ROCKET_LAKE, false, host(true, false), &without, BROADWELL),
+            (SAPPHIRE_RAPIDS, false, host(true, true), &whole, ICE_LAKE_X),
+            (SAPPHIRE_RAPIDS, false, host(true, true), &first, SKYLAKE_X),
+            (SAPPHIRE_RAPIDS, false, host(true, true), &without, BROADWELL),
+            (ZEN_4, true, host(true, true), &whole, ZEN_3),
+            (ZEN_4, true, host(true, true), &without, ZEN_3),
+            // A host without AVX-512 keeps what it is.
+            (0x000b_06f2, false, host(false, true), &without, 0x000b_06f2),
+        ] {
+            assert_eq!(signature(own, amd, host, features), expected, "{own:x}");
+        }
     }
 
     #[test]
@@ -406,6 +446,13 @@ mod tests {
     fn a_model_fits_where_nothing_is_missing() {
         let (model, mut offer) = (model(1), offer());
         assert_eq!(model.fits(&offer), Ok(()));
+        let mut wide = model.clone();
+        wide.features.avx512f = true;
+        let older = Offer {
+            features: offer.features.without_avx512(),
+            ..offer.clone()
+        };
+        assert!(wide.fits(&older).unwrap_err().contains("avx512f"));
         offer.arch_capabilities = 3;
         assert!(model.fits(&offer).unwrap_err().contains("0x28"));
         offer.features.nx = false;
