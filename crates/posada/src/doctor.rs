@@ -189,7 +189,11 @@ fn cpu() -> Check {
         (
             Status::Yes,
             all.join(" "),
-            "The software CPU can show guests every feature it knows.",
+            if is_x86_feature_detected!("avx512vl") {
+                "The software CPU can show guests these, and AVX-512."
+            } else {
+                "The software CPU can show guests these. There is no AVX-512, which few programs need."
+            },
         )
     } else {
         let found = format!("without {}", missing.join(" "));
