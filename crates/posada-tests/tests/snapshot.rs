@@ -246,6 +246,71 @@ fn a_busy_vm_on_kvm_goes_on_on_the_translator() {
     two_moments_of_a_busy_vm_go_on(kvm(&host), TRANSLATOR);
 }
 
+// ---- AVX-512
+
+/// Runs of `guest/wide.c` on as many threads.
+const RUNS: usize = 5;
+const THREADS: &str = "4";
+
+/// A disk that holds `guest/wide.c` as a program, and what it prints here; `None`, with the reason, where the processor cannot
+/// run it.
+fn wide(folder: &Folder) -> Option<(String, String)> {
+    if !std::arch::is_x86_feature_detected!("avx512vl") {
+        println!("skipped: the host's processor has no AVX-512");
+        return None;
+    }
+    let program = path(folder, "wide");
+    let flags = "-O3 -g0 -Wall -Wextra -Werror -std=gnu11 -march=skylake-avx512 -mprefer-vector-width=512 -fno-builtin \
+                 -ffp-contract=off -pthread -static -s -o";
+    let built = Command::new("gcc")
+        .args(flags.split_whitespace())
+        .args([&program, concat!(env!("CARGO_MANIFEST_DIR"), "/guest/wide.c")])
+        .status();
+    assert!(
+        built.is_ok_and(|status| status.success()),
+        "guest/wide.c does not build"
+    );
+    let output = Command::new(&program).arg(THREADS).output().expect("it was built");
+    assert!(output.status.success());
+    let mut content = fs::read(&program).expect("it was built");
+    content.resize(content.len().next_multiple_of(512), 0);
+    let disk = format!("{},ro", folder.file("wide.raw", &content).display());
+    Some((disk, String::from_utf8(output.stdout).expect("text")))
+}
+
+/// Programs that use AVX-512 give the host's results, and a VM that is saved meanwhile goes on.
+fn avx512_goes_on(from: Site<'_>, to: Site<'_>) {
+    let folder = Folder::new();
+    let Some((disk, result)) = wide(&folder) else { return };
+    let mut vm = from.run(controlled(&folder, small_linux()).cpus(2).disk(&disk));
+    vm.prompt();
+    let command = format!("for run in $(seq {RUNS}); do /tmp/wide {THREADS} & /tmp/wide {THREADS}; wait; done");
+    vm.send(&format!(
+        "cat /dev/vda >/tmp/wide; chmod +x /tmp/wide; echo be''gin; {command}; echo ov''er\n"
+    ));
+    vm.expect(&result);
+    from.save(&folder, "snap", &["--stop"]);
+    let before = vm.end();
+    before.expect_code(0);
+    let after = end_of_work(to.run(restore(&folder, "snap").disk(&disk)));
+    let output = format!("{}{}", before.output, after.output);
+    let (_, output) = output.split_once("begin\n").expect("it began");
+    let (output, _) = output.split_once("over\n").expect("it was waited for");
+    assert_eq!(output, result.repeat(2 * RUNS));
+}
+
+#[test]
+fn programs_with_avx512_on_the_translator_go_on_on_the_interpreter() {
+    avx512_goes_on(TRANSLATOR, INTERPRETER);
+}
+
+#[test]
+fn programs_with_avx512_on_the_interpreter_go_on_on_the_translator() {
+    avx512_goes_on(INTERPRETER, TRANSLATOR);
+}
+
+// ---- a VM that runs on
+
 #[test]
 fn a_vm_that_is_saved_runs_on_undisturbed() {
     let folder = Folder::new();
