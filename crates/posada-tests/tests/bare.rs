@@ -84,7 +84,9 @@ fn code_may_be_more_than_a_cache_holds() {
     if let Some(translation) = summary.get("translation") {
         assert!(translation["evictions"].as_u64() > Some(100), "{text}");
         let rate = translation["tlb_hit_rate"].as_f64().expect("lookups are counted");
-        assert!((0.5..1.0).contains(&rate), "{text}");
+        // In check mode each block begins with nothing looked up.
+        let least = if translation["judged"] == 0 { 0.5 } else { 0.0 };
+        assert!((least..1.0).contains(&rate), "{text}");
     }
 }
 

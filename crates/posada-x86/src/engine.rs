@@ -203,12 +203,13 @@ impl Vcpu for Processor {
             .as_ref()
             .map_or_else(Default::default, |made| made.counts());
         let generation = self.core.mmu.generation();
-        translation.tlb_fills = self.core.frame.fills;
-        translation.tlb_lookups = self.core.frame.lookups;
         translation.tlb_flushes = generation.all + generation.context;
+        let mut frame = &self.core.frame;
         if let Some(checker) = &self.core.checker {
             (translation.judged, translation.not_judged) = checker.counts();
+            frame = checker.frame();
         }
+        (translation.tlb_fills, translation.tlb_lookups) = (frame.fills, frame.lookups);
         Counters {
             instructions: self.core.instructions,
             exits: self.core.exits,

@@ -10,6 +10,7 @@
 
 use super::Translator;
 use super::blocks::Block;
+use super::frame::Frame;
 use super::report;
 use super::stubs::{Leave, Wanted};
 use super::undefined;
@@ -166,6 +167,11 @@ impl Checker {
     /// Blocks that were compared, and blocks that could not be.
     pub fn counts(&self) -> (u64, u64) {
         (self.judged, self.not_judged)
+    }
+
+    /// What translated code has left beside a Core's state.
+    pub fn frame(&self) -> &Frame {
+        &self.shadow.frame
     }
 
     /// The Core on which translated code runs.
