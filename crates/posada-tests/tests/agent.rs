@@ -1,7 +1,7 @@
 //! The agent in a Debian guest, over a vsock: what a process of this machine cannot show.
 
 use posada_protocol::{Client, Ending, Error, Event, Exec, Failure, Size, Status};
-use posada_tests::{Folder, Shell, agent_program, debian, root_disk};
+use posada_tests::{Folder, Launch, Shell, agent_program, debian, root_disk};
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -147,11 +147,55 @@ fn standstill(guest: &Guest) {
     assert_eq!(guest.run("touch /root/again; echo written"), "written");
 }
 
+fn exec_command(guest: &Guest) {
+    let launch = |options: &[&str], command: &[&str]| {
+        let words = [&["exec"], options, &[guest.socket.to_str().unwrap()], command].concat();
+        Launch::command(words).patience(PATIENCE)
+    };
+    let ended = launch(
+        &["-u", "nobody", "-w", "/usr", "-e", "A=b"],
+        &["sh", "-c", "id -un; pwd; echo $A >&2; exit 7"],
+    )
+    .start()
+    .end();
+    assert_eq!(ended.expect_code(7).output, "nobody\n/usr\n");
+    assert_eq!(ended.errors, "b\n");
+    for (program, code) in [("/no/such", 127), ("/etc/passwd", 126)] {
+        let ended = launch(&[], &[program]).start().end();
+        assert!(ended.expect_code(code).errors.contains(program), "{}", ended.errors);
+    }
+    let mut sleep = launch(&[], &["sh", "-c", "echo up; exec sleep 300"]).start();
+    sleep.expect("up");
+    sleep.signal(libc::SIGTERM);
+    sleep.end().expect_code(128 + libc::SIGTERM);
+    let mut cat = launch(&["-i"], &["cat"]).start();
+    cat.send("to and fro\n").expect("to and fro\n");
+    cat.signal(libc::SIGINT);
+    cat.end().expect_code(128 + libc::SIGINT);
+    let (mut shell, before) = launch(&["-it"], &["bash", "--norc"]).start_on_terminal();
+    // Ctrl-C is the guest's; the mark is typed in two halves, so that its echo is not taken for it.
+    shell.send("sleep 300; echo sle''pt\n").expect("sleep 300");
+    let begin = Instant::now();
+    while guest.run("pgrep -x sleep || true").is_empty() {
+        assert!(begin.elapsed() < PATIENCE, "nothing sleeps");
+    }
+    assert!(shell.terminal_settings().is_raw());
+    shell
+        .send("\x03")
+        .send("echo o''n; tty; exit 4\n")
+        .expect("on\n")
+        .expect("/dev/pts/");
+    let ended = shell.end();
+    ended.expect_code(4);
+    assert_eq!(ended.terminal, Some(before), "the terminal was left changed");
+}
+
 #[test]
 fn a_guest_does_what_its_host_asks() {
     let folder = Folder::new();
     let mut guest = Guest::start(&folder);
     programs(&guest);
+    exec_command(&guest);
     files(&guest);
     settings(&guest);
     standstill(&guest);

@@ -3,6 +3,7 @@
 mod accel;
 mod control;
 mod doctor;
+mod exec;
 mod run;
 mod signals;
 mod size;
@@ -35,6 +36,7 @@ enum Command {
     Status(control::StatusArguments),
     Pause(control::PauseArguments),
     Resume(control::ResumeArguments),
+    Exec(exec::Arguments),
     Snapshot(snapshot::Arguments),
     Doctor(doctor::Arguments),
 }
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         Command::Status(arguments) => control::status(&arguments),
         Command::Pause(arguments) => control::pause(&arguments),
         Command::Resume(arguments) => control::resume(&arguments),
+        Command::Exec(arguments) => exec::run(&arguments),
         Command::Snapshot(arguments) => snapshot::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
     };

@@ -6,7 +6,7 @@
 mod escape;
 mod terminal;
 
-pub use terminal::restore as restore_terminal;
+pub use terminal::{RawMode, restore as restore_terminal};
 
 use crate::control::{Control, Ending};
 use crate::notify::Notify;
@@ -134,7 +134,7 @@ pub(crate) struct Console {
     wire: Arc<Wire>,
     stop: Arc<Notify>,
     reader: Option<JoinHandle<()>>,
-    raw: Option<terminal::RawMode>,
+    raw: Option<RawMode>,
 }
 
 impl Console {
@@ -171,7 +171,7 @@ impl Console {
         let stdin = io::stdin();
         let mut escape = None;
         if stdin.is_terminal() {
-            self.raw = Some(terminal::RawMode::enter()?);
+            self.raw = Some(RawMode::enter()?);
             escape = Some(Escape::default());
         }
         let input = File::from(stdin.as_fd().try_clone_to_owned()?);

@@ -42,12 +42,15 @@ pub fn restore() {
 }
 
 /// Raw mode for as long as the value lives.
-pub(super) struct RawMode(());
+pub struct RawMode(());
 
 impl RawMode {
     /// Makes the terminal on standard input raw: every key goes to the guest. Output processing stays on, so that what
-    /// else is printed still reads well.
-    pub(super) fn enter() -> io::Result<Self> {
+    /// else is printed still reads well. One at a time.
+    ///
+    /// # Errors
+    /// When standard input is no terminal.
+    pub fn enter() -> io::Result<Self> {
         static HOOKS: Once = Once::new();
         HOOKS.call_once(|| {
             let previous = std::panic::take_hook();
