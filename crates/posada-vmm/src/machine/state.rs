@@ -232,10 +232,22 @@ mod tests {
         status[0]
     }
 
-    /// A machine with a disk and a virtio console whose drivers are ready.
-    fn driven(disks: &[BlkDisk]) -> Machine {
-        let machine = build(disks, true);
-        for (index, queues) in [(0, 1), (1, 1), (2, 2)] {
+    /// A machine with a disk, a virtio console and a vsock.
+    fn full(dir: &TempDir, disks: &[BlkDisk]) -> Machine {
+        let path = dir.path("vsock");
+        let _ = std::fs::remove_file(&path);
+        let vsock = VsockPart {
+            cid: 3,
+            listener: UnixListener::bind(&path).unwrap(),
+            path: &path,
+        };
+        build_with(disks, true, Some(vsock))
+    }
+
+    /// The same, and its drivers are ready.
+    fn driven(dir: &TempDir, disks: &[BlkDisk]) -> Machine {
+        let machine = full(dir, disks);
+        for (index, queues) in [(0, 1), (1, 1), (2, 2), (3, 3)] {
             drive(&machine, BARS + index * BAR, queues);
             assert_eq!(status(&machine, BARS + index * BAR), 15);
         }
@@ -253,7 +265,7 @@ mod tests {
     fn a_machine_is_the_same_after_its_state_was_written_and_read() {
         let dir = TempDir::new();
         let disks = [disk(&dir, "disk", 64)];
-        let first = driven(&disks);
+        let first = driven(&dir, &disks);
         first.port_write(0x3ff, &[0x5a]);
         first.port_write(0x70, &[0x33]);
         first.port_write(0xcf8, &0x8000_0810_u32.to_le_bytes());
@@ -265,7 +277,7 @@ mod tests {
         let text = serde_json::to_string(&saved(&first)).unwrap();
         let state: MachineState = serde_json::from_str(&text).unwrap();
 
-        let second = build(&disks, true);
+        let second = full(&dir, &disks);
         second.restore(&state).unwrap();
         assert_eq!(second.save(), state);
         second.resume();
@@ -359,7 +371,7 @@ mod tests {
     fn damaged_states_are_refused_or_harmless() {
         let dir = TempDir::new();
         let disks = [disk(&dir, "disk", 64)];
-        let good = serde_json::to_value(saved(&driven(&disks))).unwrap();
+        let good = serde_json::to_value(saved(&driven(&dir, &disks))).unwrap();
         let mut random = Random(5);
         let (mut refused, mut taken) = (0, 0);
         for _ in 0..1500 {
@@ -368,14 +380,14 @@ mod tests {
             let Ok(state) = serde_json::from_value::<MachineState>(value) else {
                 continue;
             };
-            let machine = build(&disks, true);
+            let machine = full(&dir, &disks);
             if machine.restore(&state).is_err() {
                 refused += 1;
                 continue;
             }
             taken += 1;
             machine.resume();
-            for index in 0..3 {
+            for index in 0..4 {
                 machine.mmio_write(BARS + index * BAR + 0x3000, &[0; 2]);
                 machine.mmio_write(BARS + index * BAR + 20, &[0]);
             }
