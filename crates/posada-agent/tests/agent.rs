@@ -498,6 +498,27 @@ fn a_folder_comes_back_as_it_went() {
     };
     same(&from, &to.join("folder"));
 
+    // And by no archive that one sees.
+    let other = agent.path("other");
+    std::fs::create_dir(&other).unwrap();
+    agent.client().copy_out(&path(&from), &other, 1 << 30).unwrap();
+    // Not the right to be somebody else.
+    std::fs::set_permissions(
+        other.join("folder/script"),
+        std::os::unix::fs::PermissionsExt::from_mode(0o4751),
+    )
+    .unwrap();
+    same(&from, &other.join("folder"));
+    let most = agent.client().copy_out(&path(&from), &other, 1 << 20).unwrap_err();
+    assert!(
+        matches!(&most, Error::Local(error) if error.to_string().contains("1048576 bytes")),
+        "{most}"
+    );
+    let in_guest = agent.path("in");
+    std::fs::create_dir(&in_guest).unwrap();
+    agent.client().copy_in(&from, &path(&in_guest)).unwrap();
+    same(&from, &in_guest.join("folder"));
+
     // And back, by another program's archive.
     let again = agent.path("again");
     std::fs::create_dir(&again).unwrap();
@@ -558,6 +579,8 @@ fn what_cannot_be_copied_is_told_and_nobody_waits() {
     assert_eq!(failure(agent.client().put(&missing, endless)), Failure::NotFound);
     let there = agent.path("etc").to_str().unwrap().to_string();
     assert!(matches!(agent.client().put(&there, endless), Err(Error::Failed { .. })));
+    let nothing = agent.client().copy_in(&agent.path("missing"), &there).unwrap_err();
+    assert!(matches!(nothing, Error::Local(_)), "{nothing}");
     // An archive that breaks off here is no archive there.
     let broken = &mut std::io::Read::chain(std::io::repeat(0).take(100), Broken);
     assert!(matches!(agent.client().put(&there, broken), Err(Error::Local(_))));

@@ -1,5 +1,6 @@
 //! The host's side.
 
+use crate::archive::{self, Trust};
 use crate::frame::{Channel, Frame, FrameError, MOST, read_frame, write_data, write_message};
 use crate::message::{Answer, Ending, Exec, Failure, Hello, NEWEST, OLDEST, Order, Request, Size, Status};
 use crate::statistics::Statistics;
@@ -45,8 +46,8 @@ pub enum Error {
         /// The agent's words, without control characters.
         message: String,
     },
-    /// The archive's other end on this host.
-    #[error("the archive cannot be read or written here: {0}")]
+    /// What is copied cannot be read or written on this host.
+    #[error("the copy fails here: {0}")]
     Local(io::Error),
     /// More output than the caller wanted to hold.
     #[error("the program wrote more than {0} bytes")]
@@ -203,26 +204,50 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub fn get(mut self, path: &str, archive: &mut impl Write) -> Result<(), Error> {
+        let mut from_agent = self.download(path)?;
+        let copied = io::copy(&mut from_agent, archive).map(drop);
+        from_agent.finish(copied)
+    }
+
+    /// Copies a file or folder of the guest into the directory `into` of the host, which is there. All of it is the caller's
+    /// then, has ordinary rights, and at most `most` bytes, with 512 for each file.
+    ///
+    /// # Errors
+    /// [`Error`]; some of it may be there then.
+    pub fn copy_out(mut self, path: &str, into: &Path, most: u64) -> Result<(), Error> {
+        let mut from_agent = self.download(path)?;
+        let unpacked = archive::unpack(&mut from_agent, into, Trust::None { most });
+        from_agent.finish(unpacked)
+    }
+
+    fn download(&mut self, path: &str) -> Result<FromAgent<'_>, Error> {
         let request = Request::Get { path: path.into() };
         write_message(&mut self.stream, &request).map_err(FrameError::from)?;
-        loop {
-            match next(&mut self.stream)? {
-                Frame::Data(Channel::Output, bytes) => archive.write_all(&bytes).map_err(Error::Local)?,
-                frame => {
-                    return match answer(&frame)? {
-                        Answer::Done => Ok(()),
-                        other => Err(unexpected(&other)),
-                    };
-                }
-            }
-        }
+        Ok(FromAgent {
+            stream: &mut self.stream,
+            bytes: Vec::new(),
+            at: 0,
+            end: None,
+        })
     }
 
     /// Unpacks `archive`, in the tar format, in a directory of the guest. There is no time limit.
     ///
     /// # Errors
     /// [`Error`]; some of it may be there then.
-    pub fn put(mut self, directory: &str, archive: &mut impl Read) -> Result<(), Error> {
+    pub fn put(self, directory: &str, archive: &mut impl Read) -> Result<(), Error> {
+        self.upload(directory, |to_agent| io::copy(archive, to_agent).map(drop))
+    }
+
+    /// Copies a file or folder of the host into a directory of the guest, with owners and rights. There is no time limit.
+    ///
+    /// # Errors
+    /// [`Error`]; some of it may be there then.
+    pub fn copy_in(self, path: &Path, directory: &str) -> Result<(), Error> {
+        self.upload(directory, |to_agent| archive::pack(path, to_agent))
+    }
+
+    fn upload(mut self, directory: &str, fill: impl FnOnce(&mut ToAgent<'_>) -> io::Result<()>) -> Result<(), Error> {
         let request = Request::Put {
             directory: directory.into(),
         };
@@ -238,7 +263,13 @@ impl Client {
                 answered.store(true, Ordering::Release);
                 answer
             });
-            let sent = send_archive(&mut self.stream, archive, &answered);
+            let mut to_agent = ToAgent {
+                stream: &mut self.stream,
+                answered: &answered,
+                gone: false,
+            };
+            let sent = fill(&mut to_agent).and_then(|()| to_agent.end());
+            let gone = to_agent.gone;
             if sent.is_err() {
                 let _ = self.stream.shutdown(Shutdown::Both);
             }
@@ -246,7 +277,8 @@ impl Client {
             // What it says is a better reason than that it takes no more.
             match (answer, sent) {
                 (Err(refused @ Error::Failed { .. }), _) => Err(refused),
-                (_, Err(error)) => Err(error),
+                (_, Err(_)) if gone => Err(Error::Gone),
+                (_, Err(error)) => Err(Error::Local(error)),
                 (Ok(Answer::Done), Ok(())) => Ok(()),
                 (Ok(other), Ok(())) => Err(unexpected(&other)),
                 (Err(error), Ok(())) => Err(error),
@@ -307,21 +339,94 @@ impl Client {
     }
 }
 
-/// Sends all of `archive` and its end, as long as nothing is answered.
-fn send_archive(stream: &mut UnixStream, archive: &mut impl Read, answered: &AtomicBool) -> Result<(), Error> {
-    let mut bytes = vec![0; WINDOW];
-    while !answered.load(Ordering::Acquire) {
-        let count = match archive.read(&mut bytes) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(Error::Local(error)),
+/// An archive on its way to the agent.
+struct ToAgent<'a> {
+    stream: &'a mut UnixStream,
+    /// The agent has said something: it wants no more.
+    answered: &'a AtomicBool,
+    gone: bool,
+}
+
+impl ToAgent<'_> {
+    fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let sent = if self.answered.load(Ordering::Acquire) {
+            Err(io::ErrorKind::BrokenPipe.into())
+        } else {
+            write_data(&mut self.stream, Channel::Input, bytes)
         };
-        write_data(stream, Channel::Input, &bytes[..count]).map_err(|_| Error::Gone)?;
-        if count == 0 {
-            break;
+        self.gone |= sent.is_err();
+        sent
+    }
+
+    fn end(&mut self) -> io::Result<()> {
+        self.send(&[])
+    }
+}
+
+impl Write for ToAgent<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(WINDOW);
+        if count > 0 {
+            self.send(&bytes[..count])?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// An archive on its way from the agent.
+struct FromAgent<'a> {
+    stream: &'a mut UnixStream,
+    bytes: Vec<u8>,
+    at: usize,
+    /// What has ended it.
+    end: Option<Result<(), Error>>,
+}
+
+impl FromAgent<'_> {
+    fn next_bytes(&mut self) -> Result<Option<Vec<u8>>, Error> {
+        match next(self.stream)? {
+            Frame::Data(Channel::Output, bytes) => Ok(Some(bytes)),
+            frame => match answer(&frame)? {
+                Answer::Done => Ok(None),
+                other => Err(unexpected(&other)),
+            },
         }
     }
-    Ok(())
+
+    /// How it went, if what was done with it went so.
+    fn finish(self, done: io::Result<()>) -> Result<(), Error> {
+        match (self.end, done) {
+            (Some(Err(error)), _) => Err(error),
+            (_, Err(error)) => Err(Error::Local(error)),
+            (Some(Ok(())), Ok(())) => Ok(()),
+            (None, Ok(())) => Err(Error::Gone),
+        }
+    }
+}
+
+impl Read for FromAgent<'_> {
+    fn read(&mut self, to: &mut [u8]) -> io::Result<usize> {
+        while self.at == self.bytes.len() {
+            match &self.end {
+                Some(Ok(())) => return Ok(0),
+                Some(Err(_)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                None => {}
+            }
+            match self.next_bytes() {
+                Ok(Some(bytes)) => (self.bytes, self.at) = (bytes, 0),
+                Ok(None) => self.end = Some(Ok(())),
+                Err(error) => self.end = Some(Err(error)),
+            }
+        }
+        let count = to.len().min(self.bytes.len() - self.at);
+        to[..count].copy_from_slice(&self.bytes[self.at..self.at + count]);
+        self.at += count;
+        Ok(count)
+    }
 }
 
 /// A guest whose file systems stand still.

@@ -8,6 +8,7 @@
 //! is a path or a command on the host.
 #![forbid(unsafe_code)]
 
+pub mod archive;
 mod client;
 mod frame;
 mod message;
