@@ -177,13 +177,20 @@ pub(crate) fn copy(
     let mut buffer = vec![0; BUFFER];
     loop {
         go_on(progress)?;
-        let count = match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => return Err(Error::io("read", what)(error)),
-        };
-        to.write_all(&buffer[..count])
+        // Full, however little a read brings: then zeroes come in whole pages.
+        let mut filled = 0;
+        while filled < BUFFER {
+            match from.read(&mut buffer[filled..]) {
+                Ok(0) => break,
+                Ok(count) => filled += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => go_on(progress)?,
+                Err(error) => return Err(Error::io("read", what)(error)),
+            }
+        }
+        if filled == 0 {
+            return Ok(());
+        }
+        to.write_all(&buffer[..filled])
             .map_err(Error::io("write", to.temporary.path()))?;
         progress.update(Step::Copy, to.length, None);
     }

@@ -6,8 +6,11 @@
 //! safe for several processes, is told in `layout.rs`.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod blob;
+mod decompress;
 mod digest;
+mod disk;
 mod error;
 mod layout;
 pub mod manifest;
@@ -18,8 +21,10 @@ mod store;
 mod tests;
 mod upkeep;
 
+pub use archive::is_image_archive;
 pub use blob::BlobWriter;
 pub use digest::{Digest, NotADigest};
+pub use disk::{DiskFormat, ImportOptions};
 pub use error::Error;
 pub use manifest::Manifest;
 pub use name::Name;

@@ -364,6 +364,10 @@ impl Ingest {
         self.add(&mut file, path, progress)
     }
 
+    pub(crate) fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
     /// Makes an image of blobs that are in the store, and gives it these names. Returns its id.
     ///
     /// # Errors
@@ -404,22 +408,22 @@ impl Image {
         &self.manifest
     }
 
-    fn path(&self, blob: Option<Blob>) -> Option<PathBuf> {
-        blob.map(|blob| self.blobs.join(blob.digest.hex()))
+    pub(crate) fn blob_path(&self, blob: Blob) -> PathBuf {
+        self.blobs.join(blob.digest.hex())
     }
 
     /// The kernel's file, for reading only.
     pub fn kernel(&self) -> Option<PathBuf> {
-        self.path(self.manifest.kernel)
+        self.manifest.kernel.map(|blob| self.blob_path(blob))
     }
 
     /// The initramfs's file, for reading only.
     pub fn initramfs(&self) -> Option<PathBuf> {
-        self.path(self.manifest.initramfs)
+        self.manifest.initramfs.map(|blob| self.blob_path(blob))
     }
 
     /// The root disk's file, for reading only.
     pub fn disk(&self) -> Option<PathBuf> {
-        self.path(self.manifest.disk)
+        self.manifest.disk.map(|blob| self.blob_path(blob))
     }
 }
