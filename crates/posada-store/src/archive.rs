@@ -29,7 +29,8 @@ struct Watched<'a, R> {
 impl<R: Read> Read for Watched<'_, R> {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         if self.progress.cancelled() {
-            return Err(io::ErrorKind::Interrupted.into());
+            // Not "interrupted": that is tried again.
+            return Err(io::Error::other("cancelled"));
         }
         let count = self.inner.read(bytes)?;
         self.done += count as u64;
@@ -215,6 +216,33 @@ mod tests {
         use std::os::unix::fs::MetadataExt;
         let disk = store.image("b").unwrap().disk().unwrap();
         assert!(std::fs::metadata(disk).unwrap().blocks() <= 16);
+    }
+
+    #[test]
+    fn cancelling_ends_both_ways() {
+        /// Cancels when a little is done.
+        struct Soon(std::sync::atomic::AtomicU32);
+        impl Progress for Soon {
+            fn cancelled(&self) -> bool {
+                self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 3
+            }
+        }
+        let (folder, archive, _) = exported();
+        let store = Store::open(&folder.path().join("one")).unwrap();
+        let to = folder.path().join("other.tar.gz");
+        let error = store
+            .image("a:1")
+            .unwrap()
+            .export_archive(&[], &to, &Soon(0.into()))
+            .unwrap_err();
+        assert!(matches!(error, Error::Cancelled) && !to.exists(), "{error}");
+        let store = Store::open(&folder.path().join("two")).unwrap();
+        let error = store
+            .ingest()
+            .unwrap()
+            .import_archive(&archive, &Soon(0.into()))
+            .unwrap_err();
+        assert!(matches!(error, Error::Cancelled), "{error}");
     }
 
     #[test]

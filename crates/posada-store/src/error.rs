@@ -100,6 +100,20 @@ pub enum Error {
         /// The blob.
         digest: Digest,
     },
+    /// A VM's layer that cannot be used.
+    #[error("the disk layer {} cannot be used: {why}", path.display())]
+    Layer {
+        /// The layer.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// Another process has the layer.
+    #[error("the disk layer {} is in use by another VM; stop that VM first", path.display())]
+    LayerInUse {
+        /// The layer.
+        path: PathBuf,
+    },
     /// Whoever asked for it wants it no more.
     #[error("cancelled; what was downloaded so far is kept for the next try")]
     Cancelled,

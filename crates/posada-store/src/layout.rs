@@ -17,9 +17,10 @@
 
 use crate::Error;
 use serde::{Deserialize, Serialize};
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The file that tells what the folder is.
 pub(crate) const FORMAT: &str = "posada-store";
@@ -136,6 +137,20 @@ impl Layout {
         temporary.write_all(content).map_err(Error::io("write", path))?;
         persist(temporary, path)
     }
+}
+
+/// Tries to lock; false: another process has it. A child that another thread of this process is about to start inherits locks
+/// until its `exec`, so one that was just let go of may be held for a moment: too short to tell a user that it is in use.
+pub(crate) fn take_lock(lock: impl Fn() -> Result<(), TryLockError>) -> io::Result<bool> {
+    const TRIES: u32 = 20;
+    for _ in 0..TRIES {
+        match lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(5)),
+            Err(TryLockError::Error(error)) => return Err(error),
+        }
+    }
+    Ok(false)
 }
 
 /// Makes a temporary file durable under its final name, for reading only: what the store keeps never changes.

@@ -1,12 +1,12 @@
 //! The store: images by name and id, added whole, used under a lock, removed when nobody uses them.
 
 use crate::blob::{self, BlobWriter};
-use crate::layout::{Layout, entries, read_bounded, sync_folder_of};
+use crate::layout::{Layout, entries, read_bounded, sync_folder_of, take_lock};
 use crate::manifest::{self, Blob, Manifest};
 use crate::progress::Progress;
 use crate::{Digest, Error, Name};
 use std::collections::BTreeMap;
-use std::fs::{self, File, TryLockError};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
@@ -78,13 +78,12 @@ impl Store {
     /// No other process adds, checks repairs or collects garbage while the result lives.
     pub(crate) fn exclusive(&self) -> Result<File, Error> {
         let lock = self.layout.lock_file("lock")?;
-        match lock.try_lock() {
-            Ok(()) => Ok(lock),
-            Err(TryLockError::WouldBlock) => Err(Error::Busy {
+        match take_lock(|| lock.try_lock()).map_err(Error::io("lock", &self.layout.root))? {
+            true => Ok(lock),
+            false => Err(Error::Busy {
                 path: self.layout.root.clone(),
                 doing: "adding an image or cleaning up",
             }),
-            Err(TryLockError::Error(source)) => Err(Error::io("lock", &self.layout.root)(source)),
         }
     }
 
@@ -227,11 +226,10 @@ impl Store {
         let mut used = None;
         if whole {
             let file = File::open(&path).map_err(Error::io("open", &path))?;
-            match file.try_lock() {
-                Ok(()) => used = Some(file),
-                Err(TryLockError::WouldBlock) => return Err(Error::InUse { image: text.into() }),
-                Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path)(error)),
+            if !take_lock(|| file.try_lock()).map_err(Error::io("lock", &path))? {
+                return Err(Error::InUse { image: text.into() });
             }
+            used = Some(file);
         }
         // The names first: after a crash in between the image is still there, under its id.
         for name in names {
