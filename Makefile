@@ -7,7 +7,7 @@ help:
 	@echo "make test    format, lints, documentation, unit tests, bare programs, Debian end to end, KVM in a test host"
 	@echo "make bench   guest benchmarks: native, posada, QEMU TCG, and KVM in a test host; writes bench/results.md"
 	@echo "make soak    the long run of the differential instruction test (SECONDS=600)"
-	@echo "make fuzz    fuzz kernel images, guest code, snapshots, vsock packets and agents (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
+	@echo "make fuzz    fuzz kernel images, guest code, snapshots, vsock packets, agents and image stores (SECONDS=600, needs cargo-fuzz and a nightly toolchain)"
 	@echo "make build   build target/release/posada"
 	@echo "make bare    build the bare test programs into target/bare"
 	@echo "make agent   build target/agent/posada-agent, which runs in any Linux guest"
@@ -93,6 +93,7 @@ fuzz:
 	$(CARGO) +nightly fuzz run snapshot -- -max_total_time=$(SECONDS) -max_len=65536
 	$(CARGO) +nightly fuzz run vsock -- -max_total_time=$(SECONDS)
 	$(CARGO) +nightly fuzz run agent -- -max_total_time=$(SECONDS)
+	$(CARGO) +nightly fuzz run store -- -max_total_time=$(SECONDS) -max_len=16384
 
 .DEFAULT_GOAL := help
 .PHONY: help build bare agent image fmt demo lint unit e2e e2e-translate e2e-check nested nested-all heavy test bench soak fuzz

@@ -94,6 +94,16 @@ impl Write for BlobWriter {
     }
 }
 
+/// Puts a file that lies complete in `tmp` into the store.
+pub(crate) fn adopt(
+    layout: &Layout,
+    temporary: tempfile::NamedTempFile,
+    progress: &dyn Progress,
+) -> Result<Blob, Error> {
+    let (digest, length) = hash(temporary.as_file(), temporary.path(), progress)?;
+    keep(layout, temporary, digest, length)
+}
+
 fn keep(layout: &Layout, temporary: tempfile::NamedTempFile, digest: Digest, size: u64) -> Result<Blob, Error> {
     let path = layout.blobs().join(digest.hex());
     // One that is there may be in use: VMs share its pages only as long as all use the same file.

@@ -114,6 +114,32 @@ pub enum Error {
         /// The layer.
         path: PathBuf,
     },
+    /// An OCI image that cannot be used.
+    #[error("the OCI image {what} cannot be used: {why}")]
+    Oci {
+        /// Its name, or the archive's.
+        what: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A registry that does not give what it was asked for.
+    #[error("cannot get {name} from the registry {registry}: {why}")]
+    Registry {
+        /// Its host.
+        registry: String,
+        /// The image's name.
+        name: String,
+        /// What it says, or what happened, and what helps.
+        why: String,
+    },
+    /// A program of the host that is needed failed.
+    #[error("{program} failed: {why}")]
+    Tool {
+        /// The program.
+        program: String,
+        /// What it says, and what helps.
+        why: String,
+    },
     /// Whoever asked for it wants it no more.
     #[error("cancelled; what was downloaded so far is kept for the next try")]
     Cancelled,

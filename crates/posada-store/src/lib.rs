@@ -16,6 +16,7 @@ pub mod layer;
 mod layout;
 pub mod manifest;
 mod name;
+pub mod oci;
 mod progress;
 mod store;
 #[cfg(test)]

@@ -45,8 +45,11 @@ pub enum Origin {
     Oci {
         /// As it was asked for.
         reference: String,
-        /// Digest of the OCI manifest.
+        /// Digest of the OCI manifest; in an old archive of Docker, which has none, of the configuration.
         manifest: Digest,
+        /// Digest of what was added to its files, if anything was.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        added: Option<Digest>,
     },
     /// A disk of the user.
     Imported {
