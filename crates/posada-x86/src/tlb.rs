@@ -186,6 +186,14 @@ impl Mmu {
         };
     }
 
+    /// Makes the slot for this address what it is in other tables.
+    pub(crate) fn copy_entry(&mut self, other: &Self, first: usize, linear: u64) {
+        let slot = Self::slot(first, linear);
+        self.stacks = [Entry::NOWHERE; 3];
+        self.entries[slot] = other.entries[slot];
+        self.filled.add(slot, self.entries[slot].gpa & GLOBAL != 0);
+    }
+
     /// Lets all data slots of a page, by its guest physical address, lead to another host page.
     pub(crate) fn redirect(&mut self, gpa: u64, host: *mut u8) {
         self.stacks = [Entry::NOWHERE; 3];

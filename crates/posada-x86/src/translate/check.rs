@@ -15,7 +15,9 @@ use super::report;
 use super::stubs::{Leave, Wanted};
 use super::undefined;
 use crate::core::{Core, flag};
+use crate::tlb::Mmu;
 use posada_engine::NoDevices;
+use std::ptr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -78,14 +80,16 @@ struct Copy {
     bytes: Box<[u8; PAGE]>,
 }
 
-/// The copies of one run.
-#[derive(Default)]
+/// What a shadow has of memory in one run.
 pub struct Copies {
     pages: Vec<Copy>,
     free: Vec<Box<[u8; PAGE]>>,
+    /// The soft TLBs of the Core whose shadow it is, during a run: what they have may be older than the page tables.
+    tables: *const Mmu,
 }
 
-// SAFETY: the pointers name guest RAM, which outlives the Core that owns this.
+// SAFETY: the pointers name guest RAM, which outlives the Core that owns this; the tables are looked at only during a run, by
+// the thread that has their Core.
 unsafe impl Send for Copies {}
 
 impl Copies {
@@ -154,7 +158,11 @@ impl Checker {
     /// For this processor.
     pub fn new(core: &Core) -> Self {
         let mut shadow = Core::new(Arc::clone(&core.ram), Arc::new(NoDevices), Arc::clone(&core.shared));
-        shadow.copies = Some(Copies::default());
+        shadow.copies = Some(Copies {
+            pages: Vec::new(),
+            free: Vec::new(),
+            tables: ptr::null(),
+        });
         Self {
             shadow,
             plain: false,
@@ -194,7 +202,9 @@ impl Checker {
         for page in 0..=u64::from(block.source.next.is_some()) {
             let _ = self.shadow.fetch_page(begin.wrapping_add(page * PAGE as u64));
         }
+        self.shadow.look_at(&raw const core.mmu);
         let left = translator.enter_for_check(&mut self.shadow, number);
+        self.shadow.look_at(ptr::null());
         self.plain = left == Left::Plain;
         let exit = self.shadow.rip();
         match left {
@@ -360,6 +370,36 @@ impl Core {
         self.vector.clone_from(&other.vector);
         self.lapic.due = other.lapic.due;
         self.frame.vectors_live = 0;
+    }
+
+    /// In a shadow: whose soft TLBs are to be looked at; null for nobody's.
+    fn look_at(&mut self, tables: *const Mmu) {
+        if let Some(copies) = &mut self.copies {
+            copies.tables = tables;
+        }
+    }
+
+    /// In a shadow: fills the slot for an access with what its Core has there. False if that does not help.
+    pub(super) fn recall(&mut self, linear: u64, wanted: Wanted) -> bool {
+        let tables = self.copies.as_ref().map_or(ptr::null(), |copies| copies.tables);
+        // SAFETY: null, or the tables of the Core that `Checker::block` has, which nobody changes while its shadow runs.
+        let Some(tables) = (unsafe { tables.as_ref() }) else {
+            return false;
+        };
+        let fits = |mmu: &Mmu| {
+            let entry = mmu.entry(self.mmu.active, linear);
+            let tag = if wanted == Wanted::Read {
+                entry.read
+            } else {
+                entry.write
+            };
+            (linear ^ tag) < PAGE as u64
+        };
+        if fits(&self.mmu) || !fits(tables) {
+            return false;
+        }
+        self.mmu.copy_entry(tables, self.mmu.active, linear);
+        true
     }
 
     /// In a shadow, after a slot was filled: stores to the page are to go to a copy, and so are loads from then on.

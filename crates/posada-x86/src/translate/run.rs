@@ -595,7 +595,7 @@ fn read_host<const N: usize>(host: *const u8, bytes: &mut [u8; N]) {
 /// A check failed: fills the soft TLB. False if the interpreter must do the access: it faults, crosses a page, is not RAM, or
 /// would write to code.
 extern "sysv64" fn miss(core: &mut Core, linear: u64, wanted: Wanted) -> bool {
-    let filled = core.fill_for_translated(linear, wanted);
+    let filled = core.recall(linear, wanted) || core.fill_for_translated(linear, wanted);
     if filled {
         core.frame.fills += 1;
         core.redirect(linear, wanted);

@@ -633,6 +633,28 @@ fn corrupted(code: &[u8], from: &[u8], to: &[u8]) -> Option<String> {
 }
 
 #[test]
+fn check_mode_has_the_mappings_that_the_soft_tlb_still_has() {
+    let mut core = checked_machine();
+    // mov eax, [rbx]; hlt
+    core.physical_write(RAM, &[0x8b, 0x03, HLT]);
+    core.physical_write(0xa100, &[1]);
+    core.physical_write(0xc100, &[2]);
+    for flush in [false, false, true] {
+        core.halted = false;
+        core.set_rip(0);
+        core.regs[gpr::RBX] = 0x2100;
+        if flush {
+            core.mmu.flush();
+        }
+        finish_checked(&mut core);
+        assert_eq!(core.failure, None);
+        assert_eq!(core.regs[gpr::RAX] & 0xff, if flush { 2 } else { 1 });
+        // Nobody says so to the processor.
+        core.physical_write(0x4010, &0xc007_u64.to_le_bytes());
+    }
+}
+
+#[test]
 fn check_mode_reports_a_wrong_translation() {
     // mov eax, 11h; mov [rbx], eax; cmp eax, 11h; sete cl; hlt
     let code = [0xb8, 0x11, 0, 0, 0, 0x89, 0x03, 0x83, 0xf8, 0x11, 0x0f, 0x94, 0xc1, HLT];
