@@ -14,6 +14,10 @@
 //! the bits, then makes those durable: no bit ever promises data that is not there. Bits are only ever set, so a torn write of
 //! them loses nothing that was flushed. Granules are what guests write: pages. A write of less copies the rest of its granule
 //! from the root disk first.
+//!
+//! Why neither of the usual ways: pages of a reflinked copy are in the host's memory once for each VM, and ext4 cannot make one;
+//! and over the same root disk, the first write of a page takes several times as long in a qcow2 overlay. The example
+//! `layer_speed` compares.
 
 mod medium;
 #[cfg(test)]

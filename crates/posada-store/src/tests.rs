@@ -145,9 +145,11 @@ fn leftovers_of_a_killed_process_are_garbage() {
     old.set_modified(std::time::SystemTime::now() - 2 * PARTIAL_LIFE)
         .unwrap();
     add(&store, b"of no image");
+    // Somebody's, and no leftover.
+    fs::write(store.root().join("blobs/sha256/letter.txt"), "hello").unwrap();
     let freed = store.collect_garbage().unwrap();
     assert_eq!((freed.blobs, freed.leftovers), (1, 2));
-    assert!(store.root().join("partial/young").exists());
+    assert!(store.root().join("partial/young").exists() && store.root().join("blobs/sha256/letter.txt").exists());
 }
 
 #[test]
@@ -295,9 +297,58 @@ fn many_threads_on_one_store_lose_nothing() {
     }
 }
 
+#[test]
+fn processes_that_are_killed_leave_a_sound_store() {
+    let (_folder, store) = store();
+    let mut children: Vec<_> = (0..2)
+        .map(|number| {
+            std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "tests::add_for_ever", "--ignored"])
+                .env("POSADA_STORE", store.root())
+                .env("POSADA_NUMBER", number.to_string())
+                .stdout(std::process::Stdio::null())
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for child in &mut children {
+        // The other goes on meanwhile.
+        let before = store.names().unwrap().len();
+        while store.names().unwrap().len() < before + 10 {
+            assert!(child.try_wait().unwrap().is_none(), "ended by itself");
+            std::thread::yield_now();
+        }
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    store.collect_garbage().unwrap();
+    assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
+    assert_eq!(store.verify(true, &Quiet).unwrap(), []);
+    for name in store.names().unwrap().keys() {
+        store.image(&name.to_string()).unwrap();
+    }
+}
+
+#[test]
+#[ignore = "run by another test, which ends it"]
+fn add_for_ever() {
+    let store = Store::open(Path::new(
+        &std::env::var_os("POSADA_STORE").expect("run by another test"),
+    ))
+    .unwrap();
+    let number = std::env::var("POSADA_NUMBER").unwrap();
+    for round in 0u64.. {
+        make(
+            &store,
+            &[round.to_le_bytes(); 5000].concat(),
+            &[&format!("p{number}:{round}")],
+        );
+    }
+}
+
 /// A full disk and a read-only home need a file system of their own, which only root can mount; in a mount namespace, so that
 /// nothing is left. What `steps` writes is asserted on.
-fn in_small_file_system(steps: &str) -> Option<()> {
+pub(crate) fn in_small_file_system(steps: &str) -> Option<()> {
     let probe = std::process::Command::new("unshare")
         .args(["-m", "-r", "true"])
         .status();
@@ -312,9 +363,7 @@ fn in_small_file_system(steps: &str) -> Option<()> {
     );
     let output = std::process::Command::new("unshare")
         .args(["-m", "-r", "sh", "-c"])
-        .arg(format!(
-            "{mount} && \"$0\" --exact tests::{steps} --ignored --nocapture"
-        ))
+        .arg(format!("{mount} && \"$0\" --exact {steps} --ignored --nocapture"))
         .arg(std::env::current_exe().unwrap())
         .output()
         .unwrap();
@@ -323,13 +372,13 @@ fn in_small_file_system(steps: &str) -> Option<()> {
     Some(())
 }
 
-fn small() -> std::path::PathBuf {
+pub(crate) fn small() -> std::path::PathBuf {
     std::env::var_os("POSADA_SMALL").expect("run by another test").into()
 }
 
 #[test]
 fn a_full_disk_is_an_error_and_loses_nothing() {
-    in_small_file_system("full_disk");
+    in_small_file_system("tests::full_disk");
 }
 
 #[test]
@@ -349,7 +398,7 @@ fn full_disk() {
 
 #[test]
 fn a_read_only_store_can_be_used_and_says_why_it_cannot_be_changed() {
-    in_small_file_system("read_only");
+    in_small_file_system("tests::read_only");
 }
 
 #[test]

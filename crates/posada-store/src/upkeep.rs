@@ -104,8 +104,12 @@ impl Store {
         let mut freed = Freed::default();
         let blobs = self.layout.blobs();
         for file in entries(&blobs)? {
-            if !file.to_str().is_some_and(|hex| needed.contains(hex)) {
-                freed.bytes += discard(&blobs.join(file))?;
+            // What is no blob is not ours to delete; a repair moves it away.
+            let Some(hex) = file.to_str().filter(|hex| Digest::from_hex(hex).is_some()) else {
+                continue;
+            };
+            if !needed.contains(hex) {
+                freed.bytes += discard(&blobs.join(hex))?;
                 freed.blobs += 1;
             }
         }

@@ -57,7 +57,7 @@ pub(super) fn write(
         .arg(inodes.to_string())
         .args([
             "-E",
-            &format!("root_owner=0:0,lazy_itable_init=1,nodiscard,hash_seed={uuid}"),
+            &format!("root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard,hash_seed={uuid}"),
         ])
         .arg(disk);
     run(format, work, progress)?;
@@ -112,6 +112,10 @@ fn run(mut command: Command, work: &Path, progress: &dyn Progress) -> Result<(),
         .lines()
         .find(|line| !line.is_empty() && !line.starts_with(&format!("{program} 1.")));
     match complaint {
+        // In these words in every version; there is no other way to tell.
+        Some(_) if said.contains("No space left on device") => {
+            Err(Error::io("write a disk in", work)(io::ErrorKind::StorageFull.into()))
+        }
         Some(line) => Err(failed(line.into())),
         None if !status.success() => Err(failed(status.to_string())),
         None => Ok(()),

@@ -446,6 +446,35 @@ fn a_pull_can_be_cancelled_and_tells_how_far_it_is() {
     place.assert_clean();
 }
 
+#[test]
+fn a_full_disk_ends_an_import_and_leaves_nothing() {
+    crate::tests::in_small_file_system("oci::tests::full_disk");
+}
+
+#[test]
+#[ignore = "run by another test, on a file system of 1 MiB"]
+fn full_disk() {
+    let store = Store::open(&crate::tests::small()).unwrap();
+    let ingest = store.ingest().unwrap();
+    let kernel = ingest.add(&mut &b"kernel"[..], Path::new("kernel"), &Quiet).unwrap();
+    ingest
+        .commit(&example(Some(kernel), None), &["kernel".parse().unwrap()])
+        .unwrap();
+    drop(ingest);
+    let place = Place {
+        folder: tempfile::tempdir().unwrap(),
+        store,
+    };
+    // Too much for the files, and for the disk that they make.
+    for noise in [2 << 20, 600 << 10] {
+        let archive = system().layer(&[F::noise("noise", noise)]).oci_archive("a/b:1");
+        let error = place.import(&archive).unwrap_err().to_string();
+        assert!(error.contains("free some space"), "{error}");
+        place.assert_clean();
+        assert_eq!(place.store.list().unwrap().len(), 1);
+    }
+}
+
 proptest::proptest! {
     #![proptest_config(proptest::prelude::ProptestConfig::with_cases(200))]
 
