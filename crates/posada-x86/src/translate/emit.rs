@@ -4,11 +4,14 @@
 //! about to destroy them ([`Emitter::saved`]); they return before the next instruction that wants them. Between two
 //! instructions the guest's state is therefore complete, and within one it changes in its last step only.
 
+mod cold;
 mod control;
+mod memory;
 mod redirect;
 mod system;
 mod vectors;
 
+use self::cold::Cold;
 use super::assembler::{Assembler, Hole, R10, R11, condition};
 use super::frame;
 use super::groups::{self, Group, Groups, Member};
@@ -58,45 +61,6 @@ pub struct Check {
     pub site: u16,
     /// Offset of where that jump must lead when the check cannot succeed: to a block without groups.
     pub plain: u16,
-}
-
-/// A comparison with a tag.
-#[derive(Clone, Copy)]
-struct Tag {
-    /// The branch that is taken if it fails.
-    hole: Hole,
-    /// Offset of its begin.
-    retry: usize,
-    /// Where the tag is.
-    place: usize,
-    /// It is that of the stack's entry; otherwise R11 is to be added.
-    stack: bool,
-}
-
-/// Code that runs seldom, put behind the block.
-enum Cold {
-    /// A check failed; where to try again, and the tag.
-    Miss { tag: Tag, wanted: Wanted },
-    /// One for several accesses failed.
-    MissGroup {
-        tag: Tag,
-        wanted: Wanted,
-        rip: u64,
-        saved: bool,
-    },
-    /// To the interpreter, or out for events.
-    Leave {
-        hole: Hole,
-        rip: u64,
-        reason: Leave,
-        saved: bool,
-    },
-    /// The exit of a direct branch inside what is mapped together.
-    Chain { hole: Hole, target: u64 },
-    /// The exit of one that leads elsewhere.
-    Far { hole: Hole, target: u64, live: bool },
-    /// Vector registers are not there yet.
-    Vectors { hole: Hole, back: usize, level: u8 },
 }
 
 /// Turns regions into code.
@@ -373,136 +337,6 @@ impl Emitter {
         self.assembler.jump_to(self.stubs.leave[reason as usize]);
     }
 
-    /// The linear address of an operand into R10.
-    fn address(&mut self, memory: &Memory) {
-        self.held = None;
-        let a = &mut self.assembler;
-        if memory.base.is_none() && memory.index.is_none() {
-            a.named(R10, memory);
-        } else {
-            let used = [memory.base, memory.index];
-            for register in SCRATCH {
-                if used.contains(&Some(register)) {
-                    a.load(register, frame::reg(register));
-                }
-            }
-            a.lea(R10, memory);
-        }
-        if let Some(segment) = memory.segment {
-            a.load(R11, frame::segment_base(segment));
-            // lea r10, [r10 + r11]
-            a.bytes(&[0x4f, 0x8d, 0x14, 0x1a]);
-        }
-    }
-
-    /// From the linear address in R10 to the host's, if the soft TLB knows it. The flags are lost.
-    fn check(&mut self, size: u8, write: bool, stack: bool) {
-        let wanted = if write { Wanted::Write } else { Wanted::Read };
-        let tag = self.compare_tag(size.into(), write, stack);
-        self.cold.push(Cold::Miss { tag, wanted });
-    }
-
-    /// The comparison of a check; and R10 for the case that it succeeds.
-    fn compare_tag(&mut self, length: i32, write: bool, stack: bool) -> Tag {
-        self.held = None;
-        let table = if stack {
-            frame::stack(self.mode)
-        } else {
-            frame::table(self.mode)
-        };
-        let place = if write { table.write } else { table.read };
-        let a = &mut self.assembler;
-        if self.counting {
-            a.increment(frame::LOOKUPS);
-        }
-        let retry = a.here();
-        if stack {
-            a.xor_stack(place);
-        } else {
-            a.page_bits();
-            a.mask_r11(frame::INDEX_MASK);
-            a.xor_tag(place);
-        }
-        a.compare_r10(4096 - length);
-        let hole = a.branch(condition::A);
-        if stack {
-            a.add_stack(table.host);
-        } else {
-            a.add_host(table.host);
-        }
-        Tag {
-            hole,
-            retry,
-            place,
-            stack,
-        }
-    }
-
-    /// What a check does that failed, up to the stub that looks further.
-    fn miss(&mut self, tag: Tag, wanted: Wanted) {
-        let a = &mut self.assembler;
-        if tag.stack {
-            a.xor_stack(tag.place);
-        } else {
-            a.xor_tag(tag.place);
-        }
-        let back = a.address_r11();
-        a.fill(back, tag.retry);
-        let stub = if tag.stack {
-            self.stubs.stack[self.mode][wanted as usize]
-        } else {
-            self.stubs.miss[wanted as usize]
-        };
-        a.jump_to(stub);
-    }
-
-    /// Makes R10 the host address of a group's range; where in it the access is.
-    fn group(&mut self, member: Member) -> i32 {
-        if member.first {
-            let Group {
-                memory,
-                length,
-                writes_first,
-            } = self.groups.groups[usize::from(member.group)];
-            let wanted = match (memory.write, writes_first) {
-                (false, _) => Wanted::Read,
-                (true, true) => Wanted::Write,
-                (true, false) => Wanted::Writable,
-            };
-            self.address(&memory);
-            let tag = self.compare_tag(length, memory.write, memory.is_stack());
-            self.assembler.store(frame::range(member.group), R10);
-            self.cold.push(Cold::MissGroup {
-                tag,
-                wanted,
-                rip: self.rip,
-                saved: self.saved,
-            });
-        } else if self.held != Some(member.group) {
-            self.assembler.load(R10, frame::range(member.group));
-        }
-        self.held = Some(member.group);
-        member.offset
-    }
-
-    /// Makes R10 an address on the host, and returns how far from there is what an instruction pushes or pops.
-    fn stack_address(&mut self, kind: Kind) -> i32 {
-        if let Some(member) = self.groups.stack(self.at) {
-            return self.group(member);
-        }
-        let memory = groups::stack_memory(kind).expect("it uses the stack");
-        self.address(&memory);
-        self.check(memory.size, memory.write, memory.is_stack());
-        0
-    }
-
-    /// Host address of an operand into R10.
-    fn access(&mut self, memory: &Memory) {
-        self.address(memory);
-        self.check(memory.size, memory.write, memory.is_stack());
-        self.locked(memory);
-    }
-
     /// True if the instruction's flags must be saved for a check.
     fn checks(&self, kind: Kind) -> bool {
         let none = matches!(
@@ -520,29 +354,6 @@ impl Emitter {
         let stack_only = !matches!(kind, Kind::Access(_) | Kind::PushMemory(_) | Kind::CallMemory(_));
         let covered = checked(self.groups.operand(self.at)) || stack_only && checked(self.groups.stack(self.at));
         !none && !covered
-    }
-
-    fn locked(&mut self, memory: &Memory) {
-        if memory.locked && memory.size > 1 {
-            // What may cross a cache line is the interpreter's: the host may forbid it.
-            self.assembler.test_r10(memory.size.next_power_of_two() - 1);
-            self.leave_if(condition::NE, Leave::Interpret);
-        }
-    }
-
-    /// Moves R10 by the words that a bit's number in `register` names. The flags are lost.
-    fn bit_string(&mut self, register: u8, forward: bool) {
-        let from = self.value(register);
-        let a = &mut self.assembler;
-        a.copy(R11, from);
-        // sar r11, 6
-        a.bytes(&[0x49, 0xc1, 0xfb, 6]);
-        if !forward {
-            // neg r11
-            a.bytes(&[0x49, 0xf7, 0xdb]);
-        }
-        // lea r10, [r10 + r11 * 8]
-        a.bytes(&[0x4f, 0x8d, 0x14, 0xda]);
     }
 
     fn operation(&mut self, operation: &Operation, before: u8, after: u8) {
@@ -708,80 +519,5 @@ impl Emitter {
         } else {
             self.assembler.copy(register, R10);
         }
-    }
-
-    /// The exit of a branch, which may be led to its target later.
-    fn chain(&mut self, hole: Hole, target: u64, plain: bool) {
-        let a = &mut self.assembler;
-        a.land(hole);
-        let exit = a.here();
-        let own = a.address_r11();
-        a.fill(own, exit);
-        self.assembler.jump_to(self.stubs.leave[Leave::Chain as usize]);
-        self.links.push(Link {
-            exit: exit as u16,
-            site: hole.0 as u16,
-            target: target.wrapping_sub(self.start) as i32,
-            plain,
-        });
-    }
-
-    fn finish(&mut self) {
-        let mut cold = std::mem::take(&mut self.cold);
-        for code in cold.drain(..) {
-            let a = &mut self.assembler;
-            match code {
-                Cold::Miss { tag, wanted } => {
-                    a.land(tag.hole);
-                    self.miss(tag, wanted);
-                }
-                Cold::MissGroup {
-                    tag,
-                    wanted,
-                    rip,
-                    saved,
-                } => {
-                    a.land(tag.hole);
-                    let site = a.jump();
-                    a.land(site);
-                    self.miss(tag, wanted);
-                    self.checks.push(Check {
-                        start: tag.retry as u16,
-                        site: site.0 as u16,
-                        plain: self.assembler.here() as u16,
-                    });
-                    if saved {
-                        self.load_flags();
-                    }
-                    let hole = self.assembler.jump();
-                    self.chain(hole, rip, true);
-                }
-                Cold::Leave {
-                    hole,
-                    rip,
-                    reason,
-                    saved,
-                } => {
-                    a.land(hole);
-                    if saved {
-                        self.load_flags();
-                    }
-                    self.leave(rip, reason);
-                }
-                Cold::Chain { hole, target } => self.chain(hole, target, false),
-                Cold::Far { hole, target, live } => {
-                    a.land(hole);
-                    self.publish(live);
-                    self.jump_far(target, self.jumps);
-                }
-                Cold::Vectors { hole, back, level } => {
-                    a.land(hole);
-                    let hole = a.address_r11();
-                    a.fill(hole, back);
-                    a.jump_to(self.stubs.load_vectors[usize::from(level) - 1]);
-                }
-            }
-        }
-        self.cold = cold;
     }
 }
