@@ -68,7 +68,14 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub fn connect(vsock: &Path, patience: Duration) -> Result<Self, Error> {
-        let mut stream = UnixStream::connect(vsock).map_err(Error::Connect)?;
+        Self::through(UnixStream::connect(vsock).map_err(Error::Connect)?, patience)
+    }
+
+    /// The same by a connection to that socket.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub fn through(mut stream: UnixStream, patience: Duration) -> Result<Self, Error> {
         stream.set_read_timeout(Some(patience)).map_err(Error::Connect)?;
         writeln!(stream, "CONNECT {PORT}").map_err(Error::Connect)?;
         let mut line = Vec::new();

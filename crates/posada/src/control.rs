@@ -1,11 +1,11 @@
-//! `posada status`, `pause` and `resume`: what can be asked of a running VM by its control socket.
+//! What can be asked of a running VM by its control socket: `posada status`, and `pause` and `resume` of one without the daemon.
 
 use crate::size;
 use anyhow::bail;
 use clap::Args;
 use posada_vmm::control::Condition;
 use posada_vmm::remote::{Answer, Client, Request};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// Say how a running VM is
@@ -17,20 +17,6 @@ pub struct StatusArguments {
     /// Print JSON
     #[arg(long)]
     json: bool,
-}
-
-/// Have a running VM's CPUs stand still until posada resume
-#[derive(Args)]
-pub struct PauseArguments {
-    /// The VM's control socket: what its --control names
-    path: PathBuf,
-}
-
-/// Let a VM run on that posada pause has stopped
-#[derive(Args)]
-pub struct ResumeArguments {
-    /// The VM's control socket: what its --control names
-    path: PathBuf,
 }
 
 /// Runs `posada status`.
@@ -61,14 +47,14 @@ pub fn status(arguments: &StatusArguments) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs `posada pause`.
-pub fn pause(arguments: &PauseArguments) -> anyhow::Result<ExitCode> {
-    Client::connect(&arguments.path)?.ask(&Request::Pause, &mut |_| {})?;
-    Ok(ExitCode::SUCCESS)
+/// Has the VM with this control socket stand still.
+pub fn pause(socket: &Path) -> anyhow::Result<()> {
+    Client::connect(socket)?.ask(&Request::Pause, &mut |_| {})?;
+    Ok(())
 }
 
-/// Runs `posada resume`.
-pub fn resume(arguments: &ResumeArguments) -> anyhow::Result<ExitCode> {
-    Client::connect(&arguments.path)?.ask(&Request::Resume, &mut |_| {})?;
-    Ok(ExitCode::SUCCESS)
+/// Lets it run on.
+pub fn resume(socket: &Path) -> anyhow::Result<()> {
+    Client::connect(socket)?.ask(&Request::Resume, &mut |_| {})?;
+    Ok(())
 }

@@ -1,18 +1,19 @@
 //! `posada exec`: a program in a guest, by its agent.
 
-use crate::{FAILURE, signals};
+use crate::{FAILURE, host, signals};
 use clap::Args;
 use posada_protocol::{Client, Error, Event, Exec, Failure, Input, Size};
 use posada_vmm::console::{RawMode, restore_terminal};
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::Path;
 use std::process::{ExitCode, exit};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 /// How long an agent may take to answer.
-const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(30);
 /// As Docker has them: the program is there and cannot be run; it is not there.
 const NOT_RUN: u8 = 126;
 const NOT_FOUND: u8 = 127;
@@ -23,8 +24,9 @@ In the guest posada-agent must run. Without --terminal, SIGINT, SIGTERM and SIGH
 Exit codes: the program's, 128 + n if signal n has ended it; 125, 126 and 127 if it was not run, as there was an error, it
 may not be run, or is not there.
 
-Example:
-  posada run --vsock vm.vsock …          posada exec -it vm.vsock bash";
+Examples:
+  posada run -d --name web …             posada exec -it web bash
+  posada run --vsock vm.vsock …          posada exec -it ./vm.vsock bash";
 
 /// Run a program in a guest
 #[derive(Args)]
@@ -42,7 +44,7 @@ pub struct Arguments {
     #[arg(short, long, value_name = "USER")]
     user: Option<String>,
 
-    /// Run it in this directory [default: the user's home]
+    /// Run it in this directory [default: the VM's -w, or the user's home]
     #[arg(short = 'w', long, value_name = "DIR")]
     directory: Option<String>,
 
@@ -50,8 +52,8 @@ pub struct Arguments {
     #[arg(short, long = "env", value_name = "NAME=VALUE", value_parser = variable)]
     environment: Vec<(String, String)>,
 
-    /// The VM's vsock: what its --vsock names
-    path: PathBuf,
+    /// The VM, or for one without the daemon its vsock: what its --vsock names
+    vm: String,
 
     /// The program and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
@@ -65,8 +67,11 @@ fn variable(text: &str) -> Result<(String, String), String> {
     }
 }
 
+/// The size of a terminal that does not say it.
+pub const UNKNOWN: Size = Size { columns: 80, rows: 24 };
+
 /// The size of the terminal that standard output is.
-fn size() -> Option<Size> {
+pub fn size() -> Option<Size> {
     let size = rustix::termios::tcgetwinsize(rustix::stdio::stdout()).ok()?;
     Some(Size {
         columns: size.ws_col,
@@ -76,18 +81,54 @@ fn size() -> Option<Size> {
 
 /// Runs the command.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
-    let unknown = Size { columns: 80, rows: 24 };
+    let Arguments { vm, .. } = arguments;
+    let Guest {
+        client,
+        mut environment,
+        directory,
+    } = match is_socket(vm) {
+        true => Guest {
+            client: Client::connect(Path::new(vm), PATIENCE)?,
+            environment: Vec::new(),
+            directory: None,
+        },
+        false => host::guest(vm)?,
+    };
+    environment.extend(arguments.environment.iter().cloned());
     let exec = Exec {
         command: arguments.command.clone(),
-        environment: arguments.environment.clone(),
-        directory: arguments.directory.clone(),
+        environment,
+        directory: arguments.directory.clone().or(directory),
         user: arguments.user.clone(),
-        terminal: arguments.terminal.then(|| size().unwrap_or(unknown)),
+        terminal: arguments.terminal.then(|| size().unwrap_or(UNKNOWN)),
         input: arguments.interactive,
     };
+    perform(client, &exec)
+}
+
+/// The agent of a VM, and what programs have there if nobody says otherwise.
+pub struct Guest {
+    /// The agent.
+    pub client: Client,
+    /// Environment.
+    pub environment: Vec<(String, String)>,
+    /// Where they begin.
+    pub directory: Option<String>,
+}
+
+/// Whether a word is the path of a VM's socket: it has a slash, or a socket is there. VMs of the daemon have names.
+pub fn is_socket(word: &str) -> bool {
+    word.contains('/')
+        || Path::new(word)
+            .symlink_metadata()
+            .is_ok_and(|found| found.file_type().is_socket())
+}
+
+/// Runs a program in a guest with this process's input and output, and ends as it does.
+pub fn perform(client: Client, exec: &Exec) -> anyhow::Result<ExitCode> {
     // From here on signals wait until there is a program to have them.
     let (give, take) = mpsc::channel::<Input>();
-    let terminal = arguments.terminal;
+    let terminal = exec.terminal.is_some();
     let mut program = None;
     signals::follow(&[&signals::SIGNALS[..], &[libc::SIGWINCH]].concat(), move |signal| {
         if program.is_none() {
@@ -95,7 +136,7 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         }
         pass_on(program.as_ref(), terminal, signal);
     })?;
-    let (input, mut output) = match Client::connect(&arguments.path, PATIENCE).and_then(|client| client.exec(&exec)) {
+    let (input, mut output) = match client.exec(exec) {
         Ok(started) => started,
         Err(Error::Failed { why, message }) => {
             eprintln!("posada: {message}");
@@ -108,9 +149,9 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         Err(error) => return Err(error.into()),
     };
     let _ = give.send(input.clone());
-    let raw = arguments.terminal && arguments.interactive && io::stdin().is_terminal();
+    let raw = terminal && exec.input && io::stdin().is_terminal();
     let _raw = raw.then(RawMode::enter).transpose()?;
-    if arguments.interactive {
+    if exec.input {
         // It ends with the process.
         thread::spawn(move || send(&input));
     }

@@ -4,14 +4,16 @@ mod accel;
 mod control;
 mod doctor;
 mod exec;
+mod host;
 mod run;
 mod signals;
 mod size;
 mod snapshot;
 mod summary;
+mod vm;
 
 use clap::error::ErrorKind;
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
@@ -32,13 +34,38 @@ POSADA_LOG=posada_vmm=debug. Without it warnings are.";
 
 #[derive(Subcommand)]
 enum Command {
-    Run(Box<run::Arguments>),
-    Status(control::StatusArguments),
-    Pause(control::PauseArguments),
-    Resume(control::ResumeArguments),
+    Run(Box<host::RunArguments>),
+    Create(Box<host::CreateArguments>),
+    Start(host::NamesArguments),
+    Stop(host::StopArguments),
+    Restart(host::RestartArguments),
+    /// Have VMs' CPUs stand still until posada resume; a VM without the daemon is named by its control socket
+    Pause(host::NamesArguments),
+    /// Let VMs run on that posada pause has stopped
+    Resume(host::NamesArguments),
+    Kill(host::KillArguments),
+    Rm(host::RmArguments),
+    #[command(visible_alias = "ps")]
+    Ls(host::LsArguments),
+    Inspect(host::InspectArguments),
+    Attach(host::AttachArguments),
     Exec(exec::Arguments),
+    Shell(host::ShellArguments),
+    Cp(host::CpArguments),
+    Logs(host::LogsArguments),
+    Wait(host::WaitArguments),
+    Events(host::EventsArguments),
+    Stats(host::StatsArguments),
+    Top(host::TopArguments),
+    Rename(host::RenameArguments),
+    Set(host::SetArguments),
+    Status(control::StatusArguments),
     Snapshot(snapshot::Arguments),
     Doctor(doctor::Arguments),
+    Daemon(host::DaemonArguments),
+    Completions(host::CompletionsArguments),
+    Man(host::ManArguments),
+    Vm(vm::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -60,13 +87,35 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let result = match arguments.command {
-        Command::Run(arguments) => run::run(&arguments),
-        Command::Status(arguments) => control::status(&arguments),
-        Command::Pause(arguments) => control::pause(&arguments),
-        Command::Resume(arguments) => control::resume(&arguments),
+        Command::Run(arguments) => host::run(&arguments),
+        Command::Create(arguments) => host::create(&arguments),
+        Command::Start(arguments) => host::start(&arguments),
+        Command::Stop(arguments) => host::stop(&arguments),
+        Command::Restart(arguments) => host::restart(&arguments),
+        Command::Pause(arguments) => host::pause(&arguments),
+        Command::Resume(arguments) => host::resume(&arguments),
+        Command::Kill(arguments) => host::kill(&arguments),
+        Command::Rm(arguments) => host::rm(&arguments),
+        Command::Ls(arguments) => host::ls(&arguments),
+        Command::Inspect(arguments) => host::inspect(&arguments),
+        Command::Attach(arguments) => host::attach(&arguments),
         Command::Exec(arguments) => exec::run(&arguments),
+        Command::Shell(arguments) => host::shell(&arguments),
+        Command::Cp(arguments) => host::cp(&arguments),
+        Command::Logs(arguments) => host::logs(&arguments),
+        Command::Wait(arguments) => host::wait(&arguments),
+        Command::Events(arguments) => host::events(&arguments),
+        Command::Stats(arguments) => host::stats(&arguments),
+        Command::Top(arguments) => host::top(&arguments),
+        Command::Rename(arguments) => host::rename(&arguments),
+        Command::Set(arguments) => host::set(&arguments),
+        Command::Status(arguments) => control::status(&arguments),
         Command::Snapshot(arguments) => snapshot::run(&arguments),
         Command::Doctor(arguments) => doctor::run(&arguments),
+        Command::Daemon(arguments) => host::daemon(&arguments),
+        Command::Completions(arguments) => host::completions(&arguments, Arguments::command()),
+        Command::Man(arguments) => host::man(&arguments, Arguments::command()),
+        Command::Vm(arguments) => vm::run(&arguments),
     };
     result.unwrap_or_else(|error| {
         eprintln!("posada: {}", with_causes(&error));

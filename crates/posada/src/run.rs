@@ -4,10 +4,11 @@ use crate::accel::{self, Accelerator, Chosen, Kind};
 use crate::{signals, size, summary};
 use anyhow::{Context, anyhow};
 use clap::builder::{OsStringValueParser, TypedValueParser};
-use clap::{Args, ValueEnum};
+use clap::{Args, Parser, ValueEnum};
 use posada_devices::virtio::vsock::is_guest_cid;
 use posada_engine::cpu::{Baseline, CpuModel};
 use posada_engine::{Engine, Error};
+use posada_host::spec::{Boot, Disk, Spec};
 use posada_memory::GuestRam;
 use posada_vmm::console::ConsoleConfig;
 use posada_vmm::control::{Control, Ending};
@@ -17,9 +18,9 @@ use posada_vmm::vm::{self, Config, DiskConfig, Report, VsockConfig};
 use posada_x86::Translating;
 use posada_x86::translate::PerfMap;
 use std::cell::Cell;
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ const CRASHED: u8 = 2;
 /// Exit code when a thread of ours has panicked.
 const FAILED: u8 = 126;
 
-const AFTER_HELP: &str = "\
+pub const AFTER_HELP: &str = "\
 Console on a terminal: Ctrl-A x ends the VM, Ctrl-A h lists commands, Ctrl-A Ctrl-A sends Ctrl-A.
 
 Exit codes:
@@ -48,7 +49,7 @@ Example:
 
 /// Run a VM until it ends
 #[derive(Args)]
-#[command(after_help = AFTER_HELP)]
+
 pub struct Arguments {
     /// Kernel: Linux bzImage, ELF with a PVH note, or multiboot 1
     #[arg(
@@ -233,6 +234,131 @@ fn vsock(text: &OsStr) -> Result<Vsock, String> {
     })
 }
 
+impl Arguments {
+    /// The VM that the host's daemon is to run, if it can run it as it is wanted.
+    pub fn spec(&self) -> anyhow::Result<Spec> {
+        let own = [
+            (self.control.is_some(), "--control"),
+            (self.vsock.is_some(), "--vsock"),
+            (self.start.is_some(), "--start"),
+            (self.gdb.is_some(), "--gdb"),
+            (self.perf_map, "--perf-map"),
+            (self.summary.is_some(), "--summary"),
+            (self.translation_cache != TRANSLATION_CACHE, "--translation-cache"),
+            (!matches!(self.console.0, ConsoleConfig::Stdio), "--console"),
+        ];
+        if let Some((_, option)) = own.iter().find(|(given, _)| *given) {
+            return Err(anyhow!(
+                "{option} is for posada run --foreground only: the daemon gives its VMs a console, a log and sockets itself"
+            ));
+        }
+        let absolute = |path: &PathBuf| {
+            let found = std::path::absolute(path);
+            found.with_context(|| format!("cannot tell where {} is", path.display()))
+        };
+        let boot = match (&self.kernel, &self.restore) {
+            (Some(kernel), _) => Boot::Kernel {
+                kernel: absolute(kernel)?,
+                initramfs: self.initramfs.as_ref().map(absolute).transpose()?,
+                cmdline: self.cmdline.clone(),
+            },
+            (None, Some(place)) => Boot::Snapshot {
+                place: absolute(place)?,
+            },
+            (None, None) => return Err(anyhow!("say what to run: give --kernel PATH or --restore DIR")),
+        };
+        let mut spec = Spec::new(boot);
+        for DiskConfig { path, read_only } in self.disks.iter().map(|text| disk(text)) {
+            let path = absolute(&path)?;
+            spec.disks.push(Disk { path, read_only });
+        }
+        spec.cpus = self.cpus.unwrap_or(spec.cpus);
+        spec.memory = self.memory.unwrap_or(spec.memory);
+        spec.cpu_model = self.cpu_model.as_ref().and_then(word);
+        spec.accel = Some(&self.accel)
+            .filter(|accel| **accel != Accelerator::Auto)
+            .and_then(word);
+        spec.virtio_console = self.virtio_console;
+        spec.debug_exit = self.debug_exit;
+        spec.no_reboot = self.no_reboot;
+        Ok(spec)
+    }
+
+    /// What a VM of the daemon runs, with its sockets in this folder.
+    pub fn of_spec(spec: &Spec, sockets: &Path) -> anyhow::Result<Self> {
+        let mut line: Vec<OsString> = vec!["run".into()];
+        let mut give = |option: &str, value: &dyn AsRef<OsStr>| {
+            // In one word, so that a value may begin with a dash.
+            let mut word = OsString::from(option);
+            word.push("=");
+            word.push(value.as_ref());
+            line.push(word);
+        };
+        match &spec.boot {
+            Boot::Kernel {
+                kernel,
+                initramfs,
+                cmdline,
+            } => {
+                give("--kernel", kernel);
+                initramfs.iter().for_each(|path| give("--initramfs", path));
+                cmdline.iter().for_each(|text| give("--cmdline", text));
+                give("--cpus", &spec.cpus.to_string());
+                give("--memory", &spec.memory.to_string());
+                spec.cpu_model.iter().for_each(|model| give("--cpu-model", model));
+            }
+            // It says itself what machine it is.
+            Boot::Snapshot { place } => give("--restore", place),
+        }
+        for Disk { path, read_only } in &spec.disks {
+            let mut word = path.as_os_str().to_owned();
+            if *read_only {
+                word.push(",ro");
+            } else if word.as_bytes().ends_with(b",ro") {
+                return Err(anyhow!(
+                    "{} has a name that means a read-only disk; rename it",
+                    path.display()
+                ));
+            }
+            give("--disk", &word);
+        }
+        spec.accel.iter().for_each(|accel| give("--accel", accel));
+        give("--control", &sockets.join("control"));
+        if spec.vsock {
+            let mut word = sockets.join("vsock").into_os_string();
+            if let Some(cid) = spec.cid {
+                word.push(format!(",cid={cid}"));
+            }
+            give("--vsock", &word);
+        }
+        for (wanted, flag) in [
+            (spec.virtio_console, "--virtio-console"),
+            (spec.debug_exit, "--debug-exit"),
+            (spec.no_reboot, "--no-reboot"),
+        ] {
+            if wanted {
+                line.push(flag.into());
+            }
+        }
+        Ok(Line::try_parse_from(line)?.arguments)
+    }
+}
+
+/// [`Arguments`] as a command line of their own.
+#[derive(clap::Parser)]
+struct Line {
+    #[command(flatten)]
+    arguments: Arguments,
+}
+
+/// How a value is written.
+fn word(value: &impl ValueEnum) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_string())
+}
+
+/// Memory for translated code where the user says nothing, in bytes.
+const TRANSLATION_CACHE: u64 = 64 << 20;
+
 /// Memory of a VM whose user does not say.
 const MEMORY: u64 = 1 << 30;
 
@@ -353,8 +479,27 @@ fn fitting(chosen: Chosen, wanted: Accelerator, snapshot: &Snapshot) -> anyhow::
 /// Makes an engine of a kind: [`Kind::make`].
 type Make<'a> = &'a dyn Fn(Kind, Arc<GuestRam>, &CpuModel) -> Result<Arc<dyn Engine>, Error>;
 
-/// Runs the command.
+/// How a VM ended.
+pub struct Outcome {
+    /// The process's exit code.
+    pub code: u8,
+    /// In a word.
+    pub reason: &'static str,
+    /// What the user must be told.
+    pub message: Option<String>,
+}
+
+/// Runs a VM here and tells its user how it ended.
 pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
+    let outcome = run_to_end(arguments, &|| ())?;
+    if let Some(message) = outcome.message {
+        eprintln!("posada: {message}");
+    }
+    Ok(ExitCode::from(outcome.code))
+}
+
+/// Runs a VM; `up` is called when it has all that it needs to run, once for each life.
+pub fn run_to_end(arguments: &Arguments, up: &dyn Fn()) -> anyhow::Result<Outcome> {
     let prepared = prepare(arguments, || accel::choose(arguments.accel))?;
     let control = Control::new();
     signals::end_on_signals(control.clone())?;
@@ -365,13 +510,19 @@ pub fn run(arguments: &Arguments) -> anyhow::Result<ExitCode> {
         count_lookups: arguments.count_lookups,
         ..accel::TRANSLATING
     };
-    let make = |kind: Kind, ram, model: &CpuModel| kind.make(ram, model, &translating);
+    let make = |kind: Kind, ram, model: &CpuModel| {
+        let made = kind.make(ram, model, &translating);
+        if made.is_ok() {
+            up();
+        }
+        made
+    };
     let report = run_vm(arguments, prepared, &make, &control)?;
-    let (code, reason) = explain(&report.ending);
+    let outcome = explain(&report.ending);
     if let Some(path) = &arguments.summary {
-        summary::write(path, &report, reason, begin.elapsed())?;
+        summary::write(path, &report, outcome.reason, begin.elapsed())?;
     }
-    Ok(ExitCode::from(code))
+    Ok(outcome)
 }
 
 /// The map that names translated code.
@@ -422,32 +573,30 @@ fn run_vm(
     }
 }
 
-/// Exit code, and the reason in a word; tells the user what needs telling.
-fn explain(ending: &Ending) -> (u8, &'static str) {
-    match ending {
-        Ending::PowerOff => (0, "power-off"),
-        Ending::Reset => (0, "reset"),
-        Ending::Quit => (0, "quit"),
-        Ending::Saved => (0, "saved"),
+fn explain(ending: &Ending) -> Outcome {
+    let (code, reason, message) = match ending {
+        Ending::PowerOff => (0, "power-off", None),
+        Ending::Reset => (0, "reset", None),
+        Ending::Quit => (0, "quit", None),
+        Ending::Saved => (0, "saved", None),
         // Like every process's, the code keeps its low byte.
-        Ending::DebugExit(code) => (*code as u8, "debug-exit"),
+        Ending::DebugExit(code) => (*code as u8, "debug-exit", None),
         Ending::Crash { cpu, report } => {
-            eprintln!(
-                "posada: the guest crashed: vCPU {cpu} met a fault while it delivered a double fault and shut down"
-            );
-            eprintln!("{}", report.trim_end());
-            (CRASHED, "crash")
+            let what = "met a fault while it delivered a double fault and shut down";
+            let message = format!("the guest crashed: vCPU {cpu} {what}\n{}", report.trim_end());
+            (CRASHED, "crash", Some(message))
         }
         Ending::EngineFailed { cpu, reason } => {
-            eprintln!("posada: vCPU {cpu} cannot go on: {reason}");
-            (FAILED, "failure")
+            let message = format!("vCPU {cpu} cannot go on: {reason}");
+            (FAILED, "failure", Some(message))
         }
         Ending::Failed => {
-            eprintln!("posada: a thread has failed; this is an error in Posada, please report it");
-            (FAILED, "failure")
+            let message = "a thread has failed; this is an error in Posada, please report it".into();
+            (FAILED, "failure", Some(message))
         }
-        Ending::Signal(signal) => (128 + *signal as u8, "signal"),
-    }
+        Ending::Signal(signal) => (128 + *signal as u8, "signal", None),
+    };
+    Outcome { code, reason, message }
 }
 
 #[cfg(test)]
@@ -476,15 +625,8 @@ mod tests {
         ]
     };
 
-    #[derive(clap::Parser)]
-    struct Line {
-        #[command(flatten)]
-        arguments: Arguments,
-    }
-
     /// Runs [`KERNEL`] where `auto` has chosen KVM, which then is gone; gives the kinds that were asked.
     fn run_without_kvm(accel: &str) -> (anyhow::Result<Report>, Vec<Kind>) {
-        use clap::Parser;
         let folder = std::env::temp_dir().join(format!("posada-run-{}-{accel}", std::process::id()));
         std::fs::create_dir(&folder).unwrap();
         let (kernel, socket) = (folder.join("kernel"), folder.join("control"));
@@ -537,7 +679,6 @@ mod tests {
 
     #[test]
     fn a_vm_that_nobody_could_resume_is_not_paused() {
-        use clap::Parser;
         let paused_with = |more: &[&str]| {
             let words = [&["run", "--kernel", "k"], more].concat();
             paused(&Line::parse_from(words).arguments, None)
@@ -603,8 +744,8 @@ mod tests {
             cpu: 0,
             report: String::new(),
         };
-        assert_eq!(explain(&crash).0 % 2, 0);
-        assert_ne!(explain(&crash).0, 0);
-        assert_eq!(explain(&Ending::DebugExit(0x203)).0, 3);
+        assert_eq!(explain(&crash).code % 2, 0);
+        assert_ne!(explain(&crash).code, 0);
+        assert_eq!(explain(&Ending::DebugExit(0x203)).code, 3);
     }
 }
