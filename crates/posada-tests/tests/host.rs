@@ -227,6 +227,11 @@ fn a_life_goes_its_way() {
     user.good(&["stop", "-t", "0", "top"]);
     assert_eq!(user.state("top"), "stopped");
     assert_eq!(user.good(&["wait", "top"]), "143\n");
+    assert_eq!(
+        user.vm("top")["exit"]["reason"],
+        "signal",
+        "the VM ended in order, not only its process"
+    );
     user.good(&["rm", "top"]);
     let events = user.good(&["events", "--past"]);
     let told: Vec<String> = events

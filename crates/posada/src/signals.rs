@@ -11,19 +11,24 @@ const SAME_WISH: Duration = Duration::from_secs(1);
 /// Those that end what goes on.
 pub const SIGNALS: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
 
-/// Blocks `signals` and has a thread call `came` for each that comes. To be called while the process has one thread: the others
-/// inherit that they are blocked.
-pub fn follow(signals: &[libc::c_int], mut came: impl FnMut(libc::c_int) + Send + 'static) -> anyhow::Result<()> {
+/// Blocks `signals` in this thread and in those that it will start: they wait until somebody takes them.
+pub fn block(signals: &[libc::c_int]) -> libc::sigset_t {
     let mut set = MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: fills the set, adds valid signals to it and blocks them.
-    let set = unsafe {
+    unsafe {
         libc::sigemptyset(set.as_mut_ptr());
         for signal in signals {
             libc::sigaddset(set.as_mut_ptr(), *signal);
         }
         libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
         set.assume_init()
-    };
+    }
+}
+
+/// Blocks `signals` and has a thread call `came` for each that comes. To be called while the process has one thread, or
+/// after [`block`]: the others inherit that they are blocked.
+pub fn follow(signals: &[libc::c_int], mut came: impl FnMut(libc::c_int) + Send + 'static) -> anyhow::Result<()> {
+    let set = block(signals);
     std::thread::Builder::new()
         .name("signals".into())
         .stack_size(128 << 10)

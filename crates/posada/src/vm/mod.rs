@@ -2,7 +2,7 @@
 
 mod console;
 
-use crate::run;
+use crate::{run, signals};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use console::Console;
@@ -77,6 +77,8 @@ fn run_locked(folder: &Folder, sockets: &Path, lock: &File, holder: &Holder) -> 
     // The daemon waits at standard output for a byte; then the console has it.
     let daemon = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 3).context("standard output")?;
     let daemon = Mutex::new(Some(File::from(daemon)));
+    // Before the console has threads: a signal that one of them took would end the process, not the VM.
+    signals::block(&signals::SIGNALS);
     let console = Console::start(folder, sockets)?;
     let up = || {
         let Some(mut daemon) = daemon.lock().ok().and_then(|mut daemon| daemon.take()) else {
