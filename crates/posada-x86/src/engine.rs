@@ -197,11 +197,16 @@ impl Vcpu for Processor {
     }
 
     fn counters(&self) -> Counters {
-        let mut translation = self
-            .core
-            .translator
-            .as_ref()
-            .map_or_else(Default::default, |made| made.counts());
+        let mut counters = Counters {
+            instructions: self.core.instructions,
+            exits: self.core.exits,
+            translation: Default::default(),
+        };
+        let Some(translator) = &self.core.translator else {
+            return counters;
+        };
+        let translation = &mut counters.translation;
+        *translation = translator.counts();
         let generation = self.core.mmu.generation();
         translation.tlb_flushes = generation.all + generation.context;
         let mut frame = &self.core.frame;
@@ -210,11 +215,7 @@ impl Vcpu for Processor {
             frame = checker.frame();
         }
         (translation.tlb_fills, translation.tlb_lookups) = (frame.fills, frame.lookups);
-        Counters {
-            instructions: self.core.instructions,
-            exits: self.core.exits,
-            translation,
-        }
+        counters
     }
 }
 
