@@ -463,3 +463,18 @@ fn a_log_is_followed_to_the_end() {
     let tail = user.good(&["logs", "-n", "1", "hello"]);
     assert_eq!(tail.lines().count(), 1, "{tail}");
 }
+
+#[test]
+fn completions_and_manual_pages_know_all_commands() {
+    let user = User::new();
+    for shell in ["bash", "zsh", "fish"] {
+        let text = user.good(&["completions", shell]);
+        for word in ["create", "restart", "inspect", "on-failure"] {
+            assert!(text.contains(word), "{shell} does not know {word}");
+        }
+    }
+    user.good(&["man", "pages"]);
+    let page = fs::read_to_string(user.folder.path().join("pages/posada-run.1")).unwrap();
+    assert!(page.contains("restart") && page.contains("kernel"), "{page}");
+    assert!(!user.store().exists(), "no daemon is needed for this");
+}

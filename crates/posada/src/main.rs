@@ -1,6 +1,7 @@
 //! The `posada` command. See `posada help`.
 
 mod accel;
+mod bounded;
 mod control;
 mod doctor;
 mod exec;
@@ -17,6 +18,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::writer::BoxMakeWriter;
 
 /// Exit code of bad arguments and of everything else that keeps a command from doing its work.
 const FAILURE: u8 = 125;
@@ -81,9 +83,18 @@ fn main() -> ExitCode {
         }
     };
     let filter = EnvFilter::try_from_env("POSADA_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    let lonely = match &arguments.command {
+        Command::Vm(_) => true,
+        Command::Daemon(daemon) => daemon.is_in_background(),
+        _ => false,
+    };
+    let writer = match lonely {
+        true => BoxMakeWriter::new(|| bounded::Log),
+        false => BoxMakeWriter::new(std::io::stderr),
+    };
     tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(std::io::stderr().is_terminal())
         .init();
     let result = match arguments.command {

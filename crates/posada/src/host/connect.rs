@@ -26,6 +26,13 @@ pub struct DaemonArguments {
     background: bool,
 }
 
+impl DaemonArguments {
+    /// Whether its standard error is a file at which nobody looks.
+    pub fn is_in_background(&self) -> bool {
+        self.background
+    }
+}
+
 /// Runs `posada daemon`.
 pub fn daemon(arguments: &DaemonArguments) -> anyhow::Result<ExitCode> {
     let places = Places::of_user()?;
