@@ -1,6 +1,8 @@
 //! The host's daemon: VMs live on without it, and nothing of them is lost or left behind.
 
-use posada_tests::{Ended, Folder, Process, bare_program, posada, software_cpu};
+use posada_tests::{
+    Ended, Folder, PROMPT, Process, agent_program, bare_program, image, posada, root_disk, software_cpu,
+};
 use serde_json::Value;
 use std::fs;
 use std::io::{Read, Write};
@@ -477,4 +479,66 @@ fn completions_and_manual_pages_know_all_commands() {
     let page = fs::read_to_string(user.folder.path().join("pages/posada-run.1")).unwrap();
     assert!(page.contains("restart") && page.contains("kernel"), "{page}");
     assert!(!user.store().exists(), "no daemon is needed for this");
+}
+
+#[test]
+fn debian_takes_programs_and_files_by_its_name_and_powers_off_when_it_is_stopped() {
+    let user = User::new();
+    let mut agent = fs::read(agent_program()).unwrap();
+    agent.resize(agent.len().next_multiple_of(512), 0);
+    let agent = format!("{},ro", user.folder.file("agent.raw", &agent).display());
+    let root = root_disk(&user.folder);
+    let (kernel, initramfs, cpu) = (image("vmlinuz"), image("initramfs.cpio"), software_cpu());
+    let cmdline = "console=ttyS0 quiet TERM=dumb root=/dev/vda rw";
+    let kernel = [
+        "--kernel",
+        kernel.to_str().unwrap(),
+        "--initramfs",
+        initramfs.to_str().unwrap(),
+        "--cmdline",
+        cmdline,
+    ];
+    let disks = ["--disk", root.to_str().unwrap(), "--disk", &agent];
+    let care = [
+        "--name",
+        "deb",
+        "-e",
+        "WHAT=word",
+        "-w",
+        "/tmp",
+        "--accel",
+        &cpu,
+        "--memory",
+        "512M",
+    ];
+    user.good(&[&["run", "-d"], &care[..], &kernel[..], &disks[..]].concat());
+    let mut console = user.start(&["attach", "deb"]);
+    let deadline = Instant::now() + 4 * PATIENCE;
+    while !user.good(&["logs", "deb"]).contains(PROMPT) {
+        assert!(Instant::now() < deadline, "no prompt");
+        thread::sleep(Duration::from_millis(200));
+    }
+    console.send(
+        "install -m 755 /dev/vdb /run/agent && { /run/agent >/dev/null 2>&1 </dev/null & } && echo agent $((40+2))\n",
+    );
+    console.expect("agent 42");
+    while user.does(&["exec", "deb", "true"]).code != Some(0) {
+        assert!(Instant::now() < deadline, "no agent");
+    }
+    let ended = user.does(&["exec", "deb", "sh", "-c", "echo $WHAT; pwd; echo oops >&2; exit 3"]);
+    ended.expect_code(3);
+    assert_eq!(
+        (ended.output.as_str(), ended.errors.as_str()),
+        ("word\n/tmp\n", "oops\n")
+    );
+    user.folder.file("file", b"content\n");
+    user.good(&["cp", "file", "deb:/srv"]);
+    user.good(&["cp", "deb:/srv/file", "copy"]);
+    assert_eq!(fs::read(user.folder.path().join("copy")).unwrap(), b"content\n");
+    assert!(user.good(&["top", "deb"]).contains("systemd"));
+    // The next daemon reaches it as well.
+    user.kill_daemon();
+    assert_eq!(user.good(&["exec", "deb", "echo", "again"]), "again\n");
+    user.good(&["stop", "-t", "60", "deb"]);
+    assert_eq!(user.vm("deb")["exit"]["reason"], "power-off");
 }
