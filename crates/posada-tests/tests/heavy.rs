@@ -92,7 +92,7 @@ fn stress_verifies_what_it_computes() {
         "--cpu 2 --cpu-method all -t 40",
         // Without those that take several times the host's L3 cache: that may be more than the VM has, and when the kernel
         // kills one for want of memory, systemd ends the shell with it.
-        "--sequential 2 --class cpu-cache -t 1 --exclude stream,flushcache,llc-affinity",
+        "--sequential 2 --class cpu-cache -t 1 --exclude stream,flushcache,llc-affinity,prefetch",
         "--vm 2 --vm-bytes 96M --vm-method all -t 30",
         "--fork 2 --switch 2 --futex 2 --mmap 2 --mremap 2 --fault 2 --sigsegv 2 --sigfpe 2 --sigtrap 2 -t 20",
         "--matrix 2 --qsort 2 --tree 2 --str 2 --crypt 2 --fp-error 2 --nop 2 --jpeg 2 -t 20",
